@@ -1,0 +1,1 @@
+"""Build-time tools: checkpoint to ONNX, lowered models, engines and bundles."""

@@ -1,0 +1,1 @@
+"""Doge in plain PyTorch; `model.config` and `model.contract` need no PyTorch."""

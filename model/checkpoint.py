@@ -1,0 +1,191 @@
+"""A checkpoint folder to a module, with every tensor accounted for. safetensors only, no code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import DogeConfig, UnsupportedModelError
+from model.doge import DogeForCausalLM
+from model.generations import GENERATIONS, Generation, detect_generation
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+# What a published checkpoint calls the tied head when it stores it all the same.
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointHeader:
+    """What the headers of a checkpoint's weight files say, before any tensor is read.
+
+    Attributes:
+        files: the weight files, in order.
+        shapes: shape of each tensor, by published name.
+        dtypes: safetensors dtype of each tensor.
+        location: file that holds each tensor.
+    """
+
+    files: tuple[Path, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    location: Mapping[str, Path]
+
+
+def load_checkpoint(
+    path: Path, dtype: torch.dtype = torch.float32, router_mode: str | None = None
+) -> DogeForCausalLM:
+    """Load the checkpoint in folder `path` into the network of its generation.
+
+    Args:
+        path: folder with config.json and safetensors.
+        dtype: dtype of the network's parameters.
+        router_mode: overrides the config's router mode.
+
+    Returns:
+        The network in eval mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json, no safetensors.
+        UnsupportedModelError: an unreadable file, an unknown generation, or a tensor that is
+            missing, unexpected, misshapen or of an unsupported dtype.
+    """
+    config, generation, header = inspect_checkpoint(path, router_mode)
+    with torch.device("meta"):
+        network = DogeForCausalLM(config, generation)
+    network.to_empty(device="cpu")
+    network.to(dtype)
+    network.reset_rotary()
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for file in header.files:
+            with _open(file) as tensors:
+                for name in tensors.offset_keys():
+                    parameters[name].copy_(tensors.get_tensor(name))
+    return network.requires_grad_(False).eval()
+
+
+def inspect_checkpoint(
+    path: Path, router_mode: str | None = None
+) -> tuple[DogeConfig, Generation, CheckpointHeader]:
+    """Read config and headers and check every name and shape, without loading a tensor.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json, no safetensors.
+        UnsupportedModelError: as `load_checkpoint`.
+    """
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"checkpoint {path} {kind}; expected a folder with config.json")
+    config = DogeConfig.from_pretrained(path)
+    if router_mode is not None:
+        config = config.with_router_mode(router_mode)
+    header = read_header(path)
+    generation = detect_generation(header.shapes, GENERATIONS)
+    _check_tensors(generation.tensor_shapes(config), header, config)
+    return config, generation, header
+
+
+def read_header(path: Path) -> CheckpointHeader:
+    """Names, shapes and dtypes of all tensors in the checkpoint folder `path`.
+
+    Raises:
+        FileNotFoundError: no safetensors file, or a shard that the index names is missing.
+        UnsupportedModelError: a file or the index cannot be read, or a tensor stands twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    location: dict[str, Path] = {}
+    files = _weight_files(path)
+    for file in files:
+        with _open(file) as tensors:
+            for name in tensors.offset_keys():
+                if name in location:
+                    raise UnsupportedModelError(
+                        f"tensor {name} stands in {location[name].name} and in {file.name}"
+                    )
+                tensor = tensors.get_slice(name)
+                shapes[name] = tuple(tensor.get_shape())
+                dtypes[name] = str(tensor.get_dtype())
+                location[name] = file
+    return CheckpointHeader(files=files, shapes=shapes, dtypes=dtypes, location=location)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; its own errors get the file's name and what to do."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise UnsupportedModelError(
+            f"{file} is not a whole safetensors file ({file.stat().st_size} bytes): {error}; "
+            "copy or download it again"
+        ) from error
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    single, index = path / WEIGHTS_NAME, path / INDEX_NAME
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        others = sorted(p.name for p in path.glob("*") if p.suffix in {".bin", ".pt", ".pth"})
+        hint = (
+            f"; {', '.join(others)} is pickle, which can run code and is not read" if others else ""
+        )
+        raise FileNotFoundError(f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}{hint}")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{index} is not an index of shards (an object with `weight_map`): {error}"
+        ) from error
+    files = tuple(path / name for name in names)
+    for name, file in zip(names, files, strict=True):
+        if Path(name).name != name:
+            raise UnsupportedModelError(f"{index} points out of its folder: {name}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} lacks the shard {name} that {INDEX_NAME} names")
+    return files
+
+
+def _check_tensors(
+    expected: Mapping[str, tuple[int, ...]], header: CheckpointHeader, config: DogeConfig
+) -> None:
+    """Compare the checkpoint's tensors with those its config calls for; list every problem."""
+    problems = [
+        f"missing {name} {list(shape)}"
+        for name, shape in expected.items()
+        if name not in header.shapes
+    ]
+    unexpected = sorted(set(header.shapes) - set(expected))
+    problems += [f"unexpected {name} {list(header.shapes[name])}" for name in unexpected]
+    problems += [
+        f"{name} has shape {list(header.shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in header.shapes and header.shapes[name] != shape
+    ]
+    problems += [
+        f"{name} has dtype {dtype}, expected one of {', '.join(_FLOAT_DTYPES)}"
+        for name, dtype in header.dtypes.items()
+        if dtype not in _FLOAT_DTYPES
+    ]
+    if config.tie_word_embeddings and _HEAD in unexpected:
+        problems.append("(config.json has tie_word_embeddings true, yet the head is stored)")
+    if problems:
+        shown = "; ".join(problems[:12])
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise UnsupportedModelError(f"the tensors do not fit config.json: {shown}{more}")

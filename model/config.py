@@ -1,0 +1,312 @@
+"""The numbers of a Doge architecture, read from a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+logger = logging.getLogger(__name__)
+
+RouterMode = Literal["mixed", "per_token"]
+
+# Keys that say nothing about the arithmetic of inference: housekeeping of transformers, training
+# options, and the stale fields that published configs carry (docs/reference.md).
+_IRRELEVANT_KEYS = frozenset(
+    [
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "expert_retrieval_size",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_cdmmoe_experts",
+        "num_cdmmoe_experts_per_head",
+        "num_cdmmoe_heads",
+        "num_cdmoe_experts",
+        "num_cdmoe_experts_per_head",
+        "num_cdmoe_heads",
+        "num_channels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_scores",
+        "patch_size",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    ]
+)
+_FIXED_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "model_type": ("doge",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_bias": (False, None),
+    "sliding_window": (None,),
+    "dynamic_mask_ratio": (0, 0.0, None),
+}
+_REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+class UnsupportedModelError(Exception):
+    """The checkpoint is not one that this project runs; the message says what was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DogeConfig:
+    """The architecture of one Doge checkpoint, validated when made.
+
+    Field names are those of config.json. `max_position_embeddings` is the length up to which plain
+    RoPE holds: for a checkpoint with scaled RoPE, its original length. `router_mode` is how the
+    experts' router is split (docs/reference.md).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    keep_window_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    is_moe: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = False
+    router_mode: RouterMode = "mixed"
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise UnsupportedModelError("invalid Doge config: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        problems = []
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "keep_window_size",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                problems.append(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                problems.append(f"{name} must be a number above 0, got {value!r}")
+        if self.router_mode not in get_args(RouterMode):
+            problems.append(
+                f"doge_router_mode must be one of {', '.join(get_args(RouterMode))}, "
+                f"got {self.router_mode!r}"
+            )
+        if problems:
+            return problems
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            problems.append(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if self.is_moe:
+            if self.num_keys < 1:
+                problems.append(f"num_experts must be at least 1, got {self.num_experts!r}")
+            elif not 1 <= self.num_experts_per_tok <= self.num_keys**2:
+                problems.append(
+                    f"num_experts_per_tok must be between 1 and {self.num_keys**2} (the reachable "
+                    f"experts of {self.num_experts}), got {self.num_experts_per_tok!r}"
+                )
+        return problems
+
+    @property
+    def num_keys(self) -> int:
+        """n, the keys per axis of the expert grid: the whole part of √num_experts."""
+        return math.isqrt(self.num_experts) if self.num_experts > 0 else 0
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-text ids as a tuple, empty when the config names none."""
+        if self.eos_token_id is None:
+            return ()
+        if isinstance(self.eos_token_id, int):
+            return (self.eos_token_id,)
+        return tuple(self.eos_token_id)
+
+    def with_router_mode(self, router_mode: str) -> DogeConfig:
+        """The same architecture with another split of the experts' router.
+
+        Raises:
+            UnsupportedModelError: not a router mode.
+        """
+        return dataclasses.replace(self, router_mode=cast(RouterMode, router_mode))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, as JSON-ready values."""
+        values = dataclasses.asdict(self)
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        return values
+
+    @classmethod
+    def from_pretrained(cls, path: Path) -> DogeConfig:
+        """Read `config.json` in the checkpoint folder `path`.
+
+        Raises:
+            FileNotFoundError: there is no config.json.
+            UnsupportedModelError: not JSON, another model type, or a value that is not supported.
+        """
+        file = path / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} has no config.json; a checkpoint folder holds config.json and "
+                "model.safetensors"
+            )
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UnsupportedModelError(f"{file} is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise UnsupportedModelError(f"{file} must hold one JSON object")
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DogeConfig:
+        """Read the published fields of `data`, as `config.json` spells them.
+
+        Unknown keys are listed once, as a warning, and ignored.
+
+        Raises:
+            UnsupportedModelError: every problem at once.
+        """
+        problems = []
+        if "model_type" not in data:
+            problems.append("model_type is missing, expected 'doge'")
+        for name, allowed in _FIXED_VALUES.items():
+            if name in data and data[name] not in allowed:
+                problems.append(f"{name} is {data[name]!r}, supported: {allowed[0]!r}")
+        problems += [f"{name} is missing" for name in _REQUIRED_KEYS if data.get(name) is None]
+        if problems:
+            raise UnsupportedModelError("unsupported config.json: " + "; ".join(problems))
+
+        values: dict[str, Any] = {
+            field.name: data[field.name]
+            for field in dataclasses.fields(cls)
+            if data.get(field.name) is not None
+        }
+        heads = values["num_attention_heads"]
+        values.setdefault("num_key_value_heads", heads)
+        if isinstance(heads, int) and heads > 0 and isinstance(values["hidden_size"], int):
+            values.setdefault("head_dim", values["hidden_size"] // heads)
+        values.setdefault("max_position_embeddings", 2048)
+        values.setdefault("keep_window_size", 2048)
+        values.setdefault("tie_word_embeddings", False)
+        if values.get("is_moe"):
+            values.setdefault("num_experts", 16384)
+            values.setdefault("num_experts_per_tok", 64)
+        else:
+            values["num_experts"] = values["num_experts_per_tok"] = 0
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        values["router_mode"] = data.get("doge_router_mode", "mixed")
+        values |= _read_rope(data, values["max_position_embeddings"])
+        known = {field.name for field in dataclasses.fields(cls)} - {"router_mode"}
+        known |= {*_FIXED_VALUES, *_ROPE_KEYS, *_IRRELEVANT_KEYS, "doge_router_mode"}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            logger.warning("config.json: unknown keys ignored: %s", ", ".join(unknown))
+        return cls(**values)
+
+
+def _read_rope(data: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """`rope_theta` and the length up to which plain RoPE holds.
+
+    transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`. Dynamic
+    scaling equals plain RoPE up to its original length; beyond that the published code depends on
+    what ran before, so the length ends there.
+    """
+    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    values = {"rope_theta": rope.get("rope_theta", data.get("rope_theta", 10000.0))}
+    if kind == "default":
+        return values
+    if kind != "dynamic":
+        raise UnsupportedModelError(
+            f"unsupported config.json: rope type is {kind!r}, supported: 'default', 'dynamic' (up "
+            "to its original length)"
+        )
+    original = rope.get("original_max_position_embeddings", max_positions)
+    values["max_position_embeddings"] = min(original, max_positions)
+    return values

@@ -1,0 +1,1 @@
+"""The custom ops of the domain `doge`; importing this package needs no PyTorch."""

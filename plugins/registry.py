@@ -1,0 +1,35 @@
+"""All custom ops, by their ONNX name. Importing this module needs neither PyTorch nor ONNX."""
+
+from __future__ import annotations
+
+from plugins.custom_op import CustomOp, Tolerance
+
+DYNAMIC_MASK_ATTENTION = CustomOp(
+    name="DynamicMaskAttention",
+    inputs=("query", "key", "value", "score", "write_index"),
+    outputs=("attention_output",),
+    definition="plugins.dynamic_mask_attention.op:dynamic_mask_attention_definition",
+    torch_op="doge::dynamic_mask_attention",
+    function="plugins.dynamic_mask_attention.function:make_function",
+    # float32: sums over D and C in another order. float16: one rounding of q·k, of the bias and of
+    # the result (2^-11 relative each), the bias reaching single digits in the tests.
+    tolerances={
+        "float32": Tolerance(atol=2e-5, rtol=2e-5),
+        "float16": Tolerance(atol=1e-2, rtol=1e-2),
+    },
+)
+
+EXPERT_GATHER = CustomOp(
+    name="ExpertGather",
+    inputs=("hidden", "scores_x", "scores_y", "down", "up"),
+    outputs=("expert_output",),
+    definition="plugins.expert_gather.op:expert_gather_definition",
+    torch_op="doge::expert_gather",
+    function="plugins.expert_gather.function:make_function",
+    tolerances={
+        "float32": Tolerance(atol=2e-5, rtol=2e-5),
+        "float16": Tolerance(atol=2e-2, rtol=2e-2),
+    },
+)
+
+OPS: tuple[CustomOp, ...] = (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER)

@@ -1,0 +1,1 @@
+"""Everything needed to generate text from a bundle."""
