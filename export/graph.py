@@ -8,7 +8,6 @@ the exporting machine is removed.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +44,9 @@ def export_onnx(network: DogeForCausalLM, path: Path, *, max_seq_len: int) -> Pa
     Returns:
         `path`.
     """
-    ir.save(canonical_model(network, max_seq_len=max_seq_len), path, external_data=f"{path.name}.data")
+    ir.save(
+        canonical_model(network, max_seq_len=max_seq_len), path, external_data=f"{path.name}.data"
+    )
     return path
 
 
@@ -149,7 +150,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     )
     tap = onnxscript.values.Op(domain, "Tap", _tap_schema())
 
-    def attend(query, key, value, score, write_index, scale, keep_window_size):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def attend(query, key, value, score, write_index, scale, keep_window_size):  # type: ignore[no-untyped-def]
         return attention(
             query,
             key,
@@ -161,7 +162,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             **plugin,
         )
 
-    def gather(hidden, scores_x, scores_y, down, up, top_k, weight_inside, normalize):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def gather(hidden, scores_x, scores_y, down, up, top_k, weight_inside, normalize):  # type: ignore[no-untyped-def]
         return experts(
             hidden,
             scores_x,
@@ -174,10 +175,10 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             **plugin,
         )
 
-    def scatter(past, update, write_index):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def scatter(past, update, write_index):  # type: ignore[no-untyped-def]
         return standard.TensorScatter(past, update, write_index, axis=2)
 
-    def mark(value, name):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def mark(value, name):  # type: ignore[no-untyped-def]
         return tap(value, tap_name=name)
 
     return {

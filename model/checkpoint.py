@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from model.config import DogeConfig, UnsupportedModelError
 from model.doge import DogeForCausalLM
@@ -124,8 +124,8 @@ def read_header(path: Path) -> CheckpointHeader:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator[safe_open]:
-    """Open a safetensors file; its own errors get the file's name and what to do."""
+def _open(file: Path) -> Iterator[Any]:
+    """Open a safetensors file (untyped handle); its errors get the file's name and what to do."""
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             yield tensors

@@ -1,0 +1,238 @@
+"""A bundle: the folder that a build writes and every backend opens. No PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model.config import DogeConfig, UnsupportedModelError
+from model.contract import step_contract
+from model.generations import GENERATIONS, generation_named
+from runtime.backends.base import Limits
+from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
+
+TOKENIZER_FOLDER = "tokenizer"
+_BUILD_HINT = "build one with: python export/build_engine.py --output DIR"
+
+
+class Bundle:
+    """An opened bundle: its manifest has been read and every listed file is there, in full size.
+
+    Files that the manifest does not list may lie in the folder; they are never opened.
+
+    Attributes:
+        path: the folder.
+        manifest: what `manifest.json` says.
+        config: the architecture.
+        generation: the checkpoint's generation.
+        contract: inputs and outputs of the canonical model's step.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        """Check that `manifest` is consistent and describes the files in `path`.
+
+        Raises:
+            ValueError: as `open`.
+        """
+        self.path = path
+        self.manifest = manifest
+        self.config = config_from_dict(manifest.config)
+        try:
+            self.generation = generation_named(manifest.generation, GENERATIONS)
+        except UnsupportedModelError as error:
+            raise ValueError(
+                f"{error}; the bundle was written by version {manifest.project_version}"
+            ) from error
+        router_mode = self.config.router_mode if self.config.is_moe else None
+        if manifest.router_mode != router_mode:
+            raise ValueError(
+                f"router_mode is {manifest.router_mode!r}, its config says {router_mode!r}"
+            )
+        self.contract = step_contract(
+            self.config, self.generation, max_seq_len=manifest.limits.max_seq_len
+        )
+        if manifest.contract != self.contract.as_dict():
+            raise ValueError(
+                "the step contract differs from that of this version of the project (the bundle "
+                f"was written by {manifest.project_version}); build it again"
+            )
+        problems = [problem for file in manifest.files for problem in self._size_problems(file)]
+        if problems:
+            raise ValueError("; ".join(problems) + "; copy or build the bundle again")
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = False) -> Bundle:
+        """Open the bundle in folder `path`.
+
+        Args:
+            path: the folder with `manifest.json`.
+            verify: also compare the hash of every file.
+
+        Raises:
+            FileNotFoundError: no folder, or no manifest in it.
+            ValueError: a broken manifest, parts that do not belong together, or a file that is
+                missing, of another size, outside the folder, or, with `verify`, altered.
+        """
+        file = path / MANIFEST_NAME
+        if not file.is_file():
+            raise FileNotFoundError(_not_a_bundle(path))
+        try:
+            bundle = cls(path, Manifest.from_json(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"bundle {path} is broken: {error}") from error
+        if verify:
+            problems = bundle.altered_files()
+            if problems:
+                raise ValueError(f"bundle {path} is damaged: {'; '.join(problems)}")
+        return bundle
+
+    @property
+    def limits(self) -> Limits:
+        """What the models of the bundle accept."""
+        return self.manifest.limits
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer's files, None when the checkpoint had none."""
+        listed = any(path.startswith(f"{TOKENIZER_FOLDER}/") for path in self._files)
+        return self.path / TOKENIZER_FOLDER if listed else None
+
+    @cached_property
+    def _files(self) -> Mapping[str, BundleFile]:
+        return {file.path: file for file in self.manifest.files}
+
+    def variants(self, backend: str) -> tuple[Variant, ...]:
+        """The models that `backend` can run, the default first."""
+        return tuple(v for v in self.manifest.variants if v.backend == backend)
+
+    def variant(self, backend: str, name: str | None = None) -> Variant:
+        """The model called `name`, or the backend's default.
+
+        Raises:
+            ValueError: the bundle has no such model; lists those it has.
+        """
+        for variant in self.variants(backend):
+            if name is None or variant.name == name:
+                return variant
+        wanted = backend if name is None else f"{backend}:{name}"
+        present = ", ".join(f"{v.backend}:{v.name}" for v in self.manifest.variants)
+        raise ValueError(
+            f"bundle {self.path} has no model {wanted}; it has {present or 'none'}. "
+            f"{_how_to_add(backend, name)} --output {self.path}"
+        )
+
+    def file(self, relative: str) -> Path:
+        """Where the listed file, or the folder of listed files, `relative` lies.
+
+        Raises:
+            ValueError: the manifest lists neither.
+        """
+        self._listed(relative)
+        return self.path / relative
+
+    def executable_file(self, variant: Variant) -> Path:
+        """The file or folder of `variant`, with every byte of it compared with its hash.
+
+        For engines and kernels, whose content the machine runs.
+
+        Raises:
+            ValueError: altered since the build, or not listed.
+        """
+        problems = [p for file in self._listed(variant.path) for p in self._hash_problems(file)]
+        if problems:
+            raise ValueError(
+                f"refusing to load {variant.backend}:{variant.name} of bundle {self.path}: "
+                f"{'; '.join(problems)}; copy or build it again"
+            )
+        return self.path / variant.path
+
+    def altered_files(self) -> tuple[str, ...]:
+        """Hash every file; one sentence for each that is not as the manifest says."""
+        return tuple(p for file in self.manifest.files for p in self._hash_problems(file))
+
+    def _listed(self, relative: str) -> list[BundleFile]:
+        found = [
+            file
+            for path, file in self._files.items()
+            if path == relative or path.startswith(f"{relative}/")
+        ]
+        if not found:
+            raise ValueError(
+                f"bundle {self.path} lists no {relative}; it lists {', '.join(self._files)}"
+            )
+        return found
+
+    def _size_problems(self, file: BundleFile) -> list[str]:
+        place = self.path / file.path
+        try:
+            real = place.resolve()  # a loop of symbolic links is an error of its own
+        except (OSError, RuntimeError) as error:
+            return [f"{file.path} cannot be found: {error}"]
+        if not real.is_relative_to(self.path.resolve()):
+            return [f"{file.path} is a link that leads out of the bundle; put a copy in its place"]
+        if not real.is_file():
+            return [f"{file.path} is missing, expected a file of {file.bytes} bytes"]
+        size = real.stat().st_size
+        if size != file.bytes:
+            return [f"{file.path} has {size} bytes, expected {file.bytes}"]
+        return []
+
+    def _hash_problems(self, file: BundleFile) -> list[str]:
+        problems = self._size_problems(file)
+        if not problems:
+            found = sha256_of(self.path / file.path)
+            if found != file.sha256:
+                problems = [f"{file.path} has sha256 {found}, expected {file.sha256}"]
+        return problems
+
+
+def config_from_dict(values: Mapping[str, Any]) -> DogeConfig:
+    """The architecture from `DogeConfig.as_dict()`.
+
+    Raises:
+        ValueError: a missing or unknown field, or a value that no Doge has.
+    """
+    names = {field.name for field in dataclasses.fields(DogeConfig)}
+    problems = [f"config.{name} is missing" for name in sorted(names - set(values))]
+    problems += [f"config.{name} is an unknown key" for name in sorted(set(values) - names)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    eos = values["eos_token_id"]
+    try:
+        return DogeConfig(**{**values, "eos_token_id": tuple(eos) if type(eos) is list else eos})
+    except (UnsupportedModelError, TypeError) as error:
+        raise ValueError(f"config: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content, 64 hexadecimal digits; reads it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_a_bundle(path: Path) -> str:
+    aside = path.with_name(f"{path.name}.old") if path.name else None
+    if not path.exists() and aside is not None and (aside / MANIFEST_NAME).is_file():
+        return (
+            f"bundle {path} does not exist, but {aside} does: a build was interrupted. Start it "
+            f"again, or rename {aside} to {path}"
+        )
+    if not path.exists():
+        return f"bundle {path} does not exist; {_BUILD_HINT}"
+    if not path.is_dir():
+        return f"{path} is a file, expected a bundle's folder; {_BUILD_HINT}"
+    return f"{path} is no bundle: it has no {MANIFEST_NAME}; {_BUILD_HINT}"
+
+
+def _how_to_add(backend: str, name: str | None) -> str:
+    """The start of the command that adds a model for `backend`."""
+    command = "Add it with: python export/build_engine.py"
+    if backend in {"onnxruntime", "cpu"}:
+        return f"{command} --cpu {name or 'fp32'}"
+    if backend == "torch":
+        return f"{command} (without --no-checkpoint)"
+    return f"{command} --backend {backend}" + (f" --precision {name}" if name else "")
