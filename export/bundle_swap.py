@@ -22,7 +22,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.bundle import Bundle
 from runtime.manifest import MANIFEST_NAME, Manifest
 
 logger = logging.getLogger(__name__)
@@ -69,10 +68,18 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
         BundleWriteError: as `recover`.
     """
     folder = work_folder_of(output)
-    lock = _take_lock(output, folder)
     try:
-        _restore(output)
-        _empty(folder)
+        lock = _take_lock(output, folder)
+    except OSError as error:
+        raise BundleWriteError(f"cannot make and lock the work folder {folder}: {error}") from error
+    try:
+        try:
+            _restore(output)
+            _empty(folder)
+        except OSError as error:
+            raise BundleWriteError(
+                f"cannot tidy up after an interrupted build of {output}: {error}"
+            ) from error
         yield folder
     finally:
         # A swapped folder has another name now; what has the old name belongs to the next build.
@@ -202,15 +209,16 @@ def _finish(output: Path) -> None:
 def _move_own_files(old: Path, output: Path) -> None:
     try:
         text = (old / MANIFEST_NAME).read_text(encoding="utf-8")
-        listed = {file.path for file in Manifest.from_json(text).files}
+        bundle_files = {file.path for file in Manifest.from_json(text).files}
     except (OSError, ValueError):
         return
+    bundle_files |= {MANIFEST_NAME, LOCK_NAME}
     for root, _, names in os.walk(old):
         for name in names:
             place = Path(root, name)
             relative = place.relative_to(old)
             target = output / relative
-            if relative.as_posix() in {*listed, MANIFEST_NAME, LOCK_NAME} or target.exists():
+            if relative.as_posix() in bundle_files or target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             place.rename(target)
@@ -229,15 +237,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def is_bundle_folder(folder: Path) -> bool:
-    """Whether `folder` is a bundle, if perhaps a broken one, and so may be replaced."""
-    try:
-        Bundle.open(folder)
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace")
-        return '"format_version"' in text or (folder / "model.onnx").exists()
-    return True

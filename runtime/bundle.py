@@ -15,6 +15,8 @@ from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
 from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
 
+__all__ = ["Bundle", "Variant", "config_from_dict", "sha256_of"]
+
 TOKENIZER_FOLDER = "tokenizer"
 _BUILD_HINT = "build one with: python export/build_engine.py --output DIR"
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
+    from runtime.manifest import Variant
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -75,6 +80,15 @@ class Backend(ABC):
     vocab_size: int
     router_mode: str | None
 
+    @classmethod
+    @abstractmethod
+    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+        """Open the backend on one variant of a bundle.
+
+        Raises:
+            BackendUnavailableError: it cannot run here; says what to install or change.
+        """
+
     @abstractmethod
     def new_cache(self, batch_size: int, capacity: int | None = None) -> Cache:
         """Zeroed cache for `batch_size` sequences of up to `capacity` tokens.
@@ -105,6 +119,30 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what the backend holds; a closed backend runs no more steps."""
+
+    def check_cache_size(self, batch_size: int, capacity: int | None) -> int:
+        """Check what `new_cache` is asked for.
+
+        Returns:
+            The capacity, `max_seq_len` when None.
+
+        Raises:
+            ValueError: more rows or slots than the bundle was built for.
+        """
+        limits = self.limits
+        if not 1 <= batch_size <= limits.max_batch_size:
+            raise ValueError(
+                f"a batch of {batch_size} sequences is outside 1 to {limits.max_batch_size}, what "
+                "the bundle was built for (--max-batch-size)"
+            )
+        if capacity is None:
+            return limits.max_seq_len
+        if not 1 <= capacity <= limits.max_seq_len:
+            raise ValueError(
+                f"a cache of {capacity} tokens is outside 1 to {limits.max_seq_len}, what the "
+                "bundle was built for (--max-seq-len)"
+            )
+        return capacity
 
     def prefill(self, input_ids: Ids, lengths: Ids, cache: Cache) -> Logits:
         """Append each row's first `lengths[b]` tokens to its cache.

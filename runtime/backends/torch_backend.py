@@ -1,0 +1,87 @@
+"""The reference backend: our PyTorch network on the bundle's checkpoint, independent of the export.
+
+The only module of `runtime/` that imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from model.checkpoint import load_checkpoint
+from model.doge import DogeForCausalLM, LayerCache
+from runtime.backends.base import Backend, Cache, Ids, Logits
+from runtime.bundle import Bundle
+from runtime.manifest import Variant
+
+
+@dataclass(kw_only=True)
+class TorchCache(Cache):
+    """A cache of torch tensors, one `LayerCache` a layer."""
+
+    layers: list[LayerCache]
+
+
+class TorchBackend(Backend):
+    """Runs the step with `DogeForCausalLM` on the CPU, in float32."""
+
+    name = "torch"
+
+    def __init__(self, network: DogeForCausalLM, bundle: Bundle, variant: str) -> None:
+        self.variant = variant
+        self.limits = bundle.limits
+        self.vocab_size = network.config.vocab_size
+        self.router_mode = network.config.router_mode if network.config.is_moe else None
+        self._network: DogeForCausalLM | None = network
+
+    @classmethod
+    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+        """Load the bundle's checkpoint.
+
+        `threads` sets torch's own thread count, which is one number for the process.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        network = load_checkpoint(
+            bundle.path / variant.path, router_mode=bundle.manifest.router_mode
+        )
+        return cls(network, bundle, variant.name)
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> TorchCache:
+        """Zeroed cache of exactly `capacity` slots."""
+        slots = self.check_cache_size(batch_size, capacity)
+        return TorchCache(
+            capacity=slots,
+            lengths=np.zeros(batch_size, np.int64),
+            layers=self._open_network.new_cache(batch_size, slots),
+        )
+
+    def close(self) -> None:
+        """Drop the network."""
+        self._network = None
+
+    @property
+    def _open_network(self) -> DogeForCausalLM:
+        if self._network is None:
+            raise ValueError("this backend is closed; open another")
+        return self._network
+
+    def _step(
+        self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None
+    ) -> Logits:
+        if not isinstance(cache, TorchCache):
+            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
+        layers = cache.layers
+        if row is not None:
+            layers = [LayerCache(*(part[row : row + 1] for part in layer)) for layer in layers]
+        position_ids = write_index[:, None] + np.arange(input_ids.shape[1])
+        tokens = (input_ids, position_ids, write_index, logits_index)
+        with torch.inference_mode():
+            logits, _ = self._open_network(
+                *(torch.from_numpy(np.ascontiguousarray(array)) for array in tokens), layers
+            )
+        result: Logits = logits.numpy()
+        return result
