@@ -13,7 +13,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from model.doge import DogeForCausalLM, LayerCache
-from runtime.backends.base import Backend, Cache, Ids, Logits
+from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
 from runtime.manifest import Variant
 
@@ -30,9 +30,9 @@ class TorchBackend(Backend):
 
     name = "torch"
 
-    def __init__(self, network: DogeForCausalLM, bundle: Bundle, variant: str) -> None:
+    def __init__(self, network: DogeForCausalLM, *, limits: Limits, variant: str) -> None:
         self.variant = variant
-        self.limits = bundle.limits
+        self.limits = limits
         self.vocab_size = network.config.vocab_size
         self.router_mode = network.config.router_mode if network.config.is_moe else None
         self._network: DogeForCausalLM | None = network
@@ -48,7 +48,7 @@ class TorchBackend(Backend):
         network = load_checkpoint(
             bundle.path / variant.path, router_mode=bundle.manifest.router_mode
         )
-        return cls(network, bundle, variant.name)
+        return cls(network, limits=bundle.limits, variant=variant.name)
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> TorchCache:
         """Zeroed cache of exactly `capacity` slots."""
