@@ -53,7 +53,8 @@ def recover(output: Path) -> None:
             folder is not from a build.
     """
     output = output.resolve()
-    if work_folder_of(output).exists() or old_folder_of(output).exists():
+    traces = (work_folder_of(output), old_folder_of(output), output / LOCK_NAME)
+    if any(trace.exists() for trace in traces):
         with locked_work_folder(output):
             pass
 
@@ -200,9 +201,7 @@ def _finish(output: Path) -> None:
     old = old_folder_of(output)
     if old.exists():
         _move_own_files(old, output)
-        for entry in sorted(old.iterdir(), key=lambda entry: entry.name == MANIFEST_NAME):
-            _delete(entry)  # the manifest last: it tells what to keep if this is interrupted
-        old.rmdir()
+        _delete(old)
     (output / LOCK_NAME).unlink(missing_ok=True)
 
 

@@ -78,9 +78,7 @@ RELEASED_SHAPES: dict[str, ReleasedShape] = {
         8, 256, 1024, (2, 1), 40_709_384, vocab_size=128256, positions=4096, rope_theta=40000.0
     ),
     "doge-40m-moe": _g4(8, 256, 768, (2, 1), 43_461_896, experts=(1024, 8), vocab_size=128256),
-    "doge-180m-moe": _g4(
-        16, 512, 1536, (4, 2), 184_201_760, experts=(4096, 16), vocab_size=128256
-    ),
+    "doge-180m-moe": _g4(16, 512, 1536, (4, 2), 184_201_760, experts=(4096, 16), vocab_size=128256),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.backends.base import Backend, Logits
 from runtime.sampling import log_probabilities
@@ -196,11 +197,12 @@ def _finite(logits: Logits) -> bool:
     return bool(np.isfinite(logits).all())
 
 
-def _kl_divergence(expected: Logits, actual: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _kl_divergence(expected: Logits, actual: Logits) -> npt.NDArray[np.float64]:
     p = log_probabilities(expected).astype(np.float64)
     q = log_probabilities(actual).astype(np.float64)
     # Rounding can make a vanishing divergence negative.
-    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+    divergence: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    return np.maximum(divergence, 0.0)
 
 
 def _first_divergence(expected: Logits, actual: Logits, steps: int) -> Divergence | None:

@@ -12,6 +12,15 @@ from typing import Any, Literal, get_args
 
 from model.config import RouterMode
 from runtime.backends.base import Limits
+from runtime.strict_json import (
+    KIND_NAMES,
+    JsonObject,
+    Kinds,
+    kind_of,
+    parse_json,
+    read_list,
+    read_object,
+)
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -132,11 +141,7 @@ class Manifest:
         Raises:
             ValueError: not JSON, or as `from_dict`.
         """
-        try:
-            data = json.loads(text, object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not whole, valid JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text))
 
     @classmethod
     def from_dict(cls, data: object) -> Manifest:
@@ -146,7 +151,7 @@ class Manifest:
             ValueError: another format version, or every other problem at once.
         """
         if not isinstance(data, dict):
-            raise ValueError(f"expected an object, found {_kind_of(data)}")
+            raise ValueError(f"expected an object, found {kind_of(data)}")
         version = data.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ValueError(
@@ -154,11 +159,11 @@ class Manifest:
                 f"{FORMAT_VERSION}; build the bundle again or use the version that wrote it"
             )
         problems: list[str] = []
-        values = _read_object(data, "", _MANIFEST_KINDS, problems)
-        source = _read_object(values.get("source", {}), "source", _SOURCE_KINDS, problems)
-        limits = _read_object(values.get("limits", {}), "limits", _LIMITS_KINDS, problems)
-        variants = _read_list(values.get("variants", []), "variants", _VARIANT_KINDS, problems)
-        files = _read_list(values.get("files", []), "files", _FILE_KINDS, problems)
+        values = read_object(data, "", _MANIFEST_KINDS, problems)
+        source = read_object(values.get("source", {}), "source", _SOURCE_KINDS, problems)
+        limits = read_object(values.get("limits", {}), "limits", _LIMITS_KINDS, problems)
+        variants = read_list(values.get("variants", []), "variants", _VARIANT_KINDS, problems)
+        files = read_list(values.get("files", []), "files", _FILE_KINDS, problems)
         problems += _mapping_problems(values)
         if not problems:
             problems += _limits_problems(limits)
@@ -176,11 +181,8 @@ class Manifest:
         return cls(**(values | parts))
 
 
-# Expected types of each object's members.
-_Kinds = Mapping[str, tuple[type, ...]]
-_Object = dict[str, Any]
 _OPTIONAL_TEXT = (str, type(None))
-_MANIFEST_KINDS: _Kinds = {
+_MANIFEST_KINDS: Kinds = {
     "format_version": (int,),
     "project_version": (str,),
     "source": (dict,),
@@ -194,82 +196,31 @@ _MANIFEST_KINDS: _Kinds = {
     "checks": (dict,),
     "files": (list,),
 }
-_SOURCE_KINDS: _Kinds = {
+_SOURCE_KINDS: Kinds = {
     "kind": (str,),
     "name": (str,),
     "revision": _OPTIONAL_TEXT,
     "weights_sha256": (str,),
 }
-_LIMITS_KINDS: _Kinds = {name.name: (int,) for name in dataclasses.fields(Limits)}
-_VARIANT_KINDS: _Kinds = {
+_LIMITS_KINDS: Kinds = {name.name: (int,) for name in dataclasses.fields(Limits)}
+_VARIANT_KINDS: Kinds = {
     "backend": (str,),
     "name": (str,),
     "path": (str,),
     "precision": (str,),
     "details": (dict,),
 }
-_FILE_KINDS: _Kinds = {"path": (str,), "bytes": (int,), "sha256": (str,), "role": (str,)}
-_KIND_NAMES = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-    type(None): "null",
-}
+_FILE_KINDS: Kinds = {"path": (str,), "bytes": (int,), "sha256": (str,), "role": (str,)}
 
 
-def _kind_of(value: object) -> str:
-    return _KIND_NAMES.get(type(value), type(value).__name__)
-
-
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> _Object:
-    """A JSON object, refused when a key stands twice: readers would differ on which one counts."""
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"key given more than once: {', '.join(repeated)}")
-    return dict(pairs)
-
-
-def _read_object(data: object, where: str, kinds: _Kinds, problems: list[str]) -> _Object:
-    """The members of `data` that are as `kinds` says; anything else is added to `problems`."""
-    if not isinstance(data, dict):
-        problems.append(f"{where} is {_kind_of(data)}, expected an object")
-        return {}
-    prefix = f"{where}." if where else ""
-    problems += [f"{prefix}{name} is missing" for name in kinds if name not in data]
-    problems += [f"{prefix}{name} is an unknown key" for name in sorted(set(data) - set(kinds))]
-    values = {}
-    for name, allowed in kinds.items():
-        if name not in data:
-            continue
-        value = data[name]
-        if type(value) in allowed:  # not isinstance: true and false are no whole numbers
-            values[name] = value
-        else:
-            expected = " or ".join(_KIND_NAMES[kind] for kind in allowed)
-            problems.append(f"{prefix}{name} is {_kind_of(value)}, expected {expected}")
-    return values
-
-
-def _read_list(
-    data: Sequence[object], where: str, kinds: _Kinds, problems: list[str]
-) -> list[_Object]:
-    return [
-        _read_object(item, f"{where}[{index}]", kinds, problems) for index, item in enumerate(data)
-    ]
-
-
-def _mapping_problems(values: _Object) -> Iterator[str]:
+def _mapping_problems(values: JsonObject) -> Iterator[str]:
     for name, kind in (("versions", str), ("checks", dict)):
         for key, value in values.get(name, {}).items():
             if type(value) is not kind:
-                yield f"{name}.{key} is {_kind_of(value)}, expected {_KIND_NAMES[kind]}"
+                yield f"{name}.{key} is {kind_of(value)}, expected {KIND_NAMES[kind]}"
 
 
-def _limits_problems(limits: _Object) -> Iterator[str]:
+def _limits_problems(limits: JsonObject) -> Iterator[str]:
     for name, value in limits.items():
         if value < 1:
             yield f"limits.{name} is {value}, expected at least 1"
@@ -280,7 +231,7 @@ def _limits_problems(limits: _Object) -> Iterator[str]:
         )
 
 
-def _file_problems(files: Sequence[_Object]) -> Iterator[str]:
+def _file_problems(files: Sequence[JsonObject]) -> Iterator[str]:
     seen: set[str] = set()
     for file in files:
         path = file["path"]
@@ -296,7 +247,7 @@ def _file_problems(files: Sequence[_Object]) -> Iterator[str]:
             yield f"files: sha256 of {path} is not 64 lower-case hexadecimal digits"
 
 
-def _variant_problems(variants: Sequence[_Object], paths: set[str]) -> Iterator[str]:
+def _variant_problems(variants: Sequence[JsonObject], paths: set[str]) -> Iterator[str]:
     seen: set[tuple[str, str]] = set()
     for variant in variants:
         key, path = (variant["backend"], variant["name"]), variant["path"]
@@ -310,7 +261,9 @@ def _variant_problems(variants: Sequence[_Object], paths: set[str]) -> Iterator[
             yield f"{label}: no listed file is {path} or lies in it"
 
 
-def _choice_problems(values: _Object, source: _Object, files: Sequence[_Object]) -> Iterator[str]:
+def _choice_problems(
+    values: JsonObject, source: JsonObject, files: Sequence[JsonObject]
+) -> Iterator[str]:
     choices: list[tuple[str, object, tuple[object, ...]]] = [
         ("source.kind", source["kind"], get_args(SourceKind)),
         ("router_mode", values["router_mode"], (*get_args(RouterMode), None)),

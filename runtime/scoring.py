@@ -75,13 +75,26 @@ def score_windows(
     Raises:
         ValueError: a window longer than the context, or ids outside the vocabulary.
     """
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for window in windows:
-        ids = np.array([window], np.int64)
-        logprobs = log_probabilities(window_logits(backend, ids, mode)[0, :-1])
-        taken = logprobs[np.arange(len(window) - 1), ids[0, 1:]]
-        rows.append(tuple(float(x) for x in taken))
+        _, score = score_logits(backend, np.array([window], np.int64), mode)
+        rows += score.token_logprobs
     return Score(token_logprobs=tuple(rows))
+
+
+def score_logits(backend: Backend, ids: Ids, mode: ScoreMode) -> tuple[Logits, Score]:
+    """Logits of a batch of equally long rows, and its score; arguments as `window_logits`."""
+    size = backend.limits.max_batch_size
+    parts = [
+        window_logits(backend, ids[begin : begin + size], mode)
+        for begin in range(0, len(ids), size)
+    ]
+    logits = np.concatenate(parts)
+    taken = [
+        log_probabilities(row[:-1])[np.arange(len(row) - 1), tokens[1:]]
+        for row, tokens in zip(logits, ids, strict=True)
+    ]
+    return logits, Score(token_logprobs=tuple(tuple(float(x) for x in row) for row in taken))
 
 
 def window_logits(backend: Backend, ids: Ids, mode: ScoreMode) -> Logits:

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from export.bundle_writer import BundleWriter
 from model.config import DogeConfig
 from model.contract import step_contract
 from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
+from runtime.bundle import Bundle
 from runtime.manifest import MANIFEST_NAME, BundleFile, FileRole, Manifest, Source, Variant
 
 FILES: dict[str, tuple[FileRole, bytes]] = {
@@ -75,3 +77,22 @@ def write_fake_bundle(folder: Path, manifest: Manifest | None = None) -> Path:
     complete = dataclasses.replace(manifest or fake_manifest(), files=tuple(files))
     (folder / MANIFEST_NAME).write_text(complete.to_json(), encoding="utf-8")
     return folder
+
+
+def build_fake_bundle(output: Path, content: bytes = b"weights", **kwargs: Path) -> Bundle:
+    """Build a bundle whose file of weights holds `content`."""
+    with BundleWriter(output, **kwargs) as writer:
+        for path, (role, usual) in FILES.items():
+            writer.path_for(path).write_bytes(content if role == "weights" else usual)
+            writer.add_file(role, path)
+        return writer.publish(fake_manifest())
+
+
+def weights_of(output: Path) -> bytes:
+    """The weights of a bundle that opens and is wholly as its manifest says."""
+    return Bundle.open(output, verify=True).file("model.onnx.data").read_bytes()
+
+
+def names_in(folder: Path) -> list[str]:
+    """Everything that lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())

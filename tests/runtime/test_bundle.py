@@ -99,11 +99,17 @@ def test_a_manifest_that_is_no_text_is_refused(folder):
         (lambda data: data.update(surprise=1), "surprise is an unknown key"),
         (lambda data: data.update(format_version=2), "format_version is 2"),
         (lambda data: data.update(generation="g9"), "unknown generation 'g9'"),
-        (lambda data: data.update(router_mode="mixed"), "router_mode is 'mixed', its config says N"),
+        (
+            lambda data: data.update(router_mode="mixed"),
+            "router_mode is 'mixed', its config says N",
+        ),
         (lambda data: data["config"].pop("head_dim"), "config.head_dim is missing"),
         (lambda data: data["config"].update(width=3), "config.width is an unknown key"),
         (lambda data: data["config"].update(head_dim=7), "head_dim must be even"),
-        (lambda data: data["config"].update(vocab_size="many"), "vocab_size must be a whole number"),
+        (
+            lambda data: data["config"].update(vocab_size="many"),
+            "vocab_size must be a whole number",
+        ),
         (lambda data: data["config"].update(vocab_size=33), "step contract differs"),
         (lambda data: data["contract"]["inputs"].pop(), "step contract differs"),
         (lambda data: data["limits"].update(max_seq_len=65), "step contract differs"),
@@ -181,7 +187,7 @@ def test_an_engine_is_hashed_before_it_is_handed_out(folder):
 def test_an_engine_removed_after_opening_is_refused(folder):
     bundle = Bundle.open(folder)
     (folder / ENGINE).unlink()
-    with pytest.raises(ValueError, match="refusing to load .* is missing"):
+    with pytest.raises(ValueError, match=r"refusing to load .* is missing"):
         bundle.executable_file(bundle.variant("tensorrt_rtx"))
 
 

@@ -1,0 +1,179 @@
+"""Checkpoint to bundle: python export/build_engine.py --model DIR. Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from export.bundle_writer import BundleWriteError
+from export.checks import ExportCheckError
+from export.engine import PRECISIONS, EngineBuildError, EngineConfig
+from export.estimate import estimate
+from export.pipeline import BuildRequest, BuildResult, build_bundle
+from export.progress import BuildProgress
+from export.sources import checkpoint_folder, read_checkpoint
+from model.config import DogeConfig, UnsupportedModelError
+from model.generations import Generation
+from model.released import RELEASED_SHAPES, released_shape
+from runtime.backends.base import BackendUnavailableError
+from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
+from runtime.tensorrt_module import PRODUCTS
+
+ERRORS = (
+    BackendUnavailableError,
+    BundleWriteError,
+    EngineBuildError,
+    ExportCheckError,
+    FileNotFoundError,
+    UnsupportedModelError,
+    ValueError,
+)
+
+
+def make_parser() -> CommandParser:
+    """The command's flags; defaults that depend on the checkpoint are said in words."""
+    parser = CommandParser("build_engine", "Build a bundle from a Doge checkpoint.")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR", help="checkpoint folder (the bundled doge-tiny)")
+    source.add_argument(
+        "--random-weights", metavar="NAME", help=f"one of {', '.join(RELEASED_SHAPES)}"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="bundle folder (build/<name>)")
+    parser.add_argument(
+        "--backend", choices=[*PRODUCTS, "none"], default="tensorrt_rtx", help="engine to build"
+    )
+    parser.add_argument("--target", default="sm89", help="GPU architectures, e.g. sm89,sm86")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="number format of the engine"
+    )
+    parser.add_argument("--cpu", choices=["fp32"], default="fp32", help="model for the CPU")
+    parser.add_argument("--max-batch-size", type=int, default=4, help="sequences side by side")
+    parser.add_argument("--max-input-len", type=int, help="tokens of one pass (max-seq-len)")
+    parser.add_argument(
+        "--max-seq-len", type=int, help="prompt plus new tokens (the checkpoint's positions)"
+    )
+    parser.add_argument(
+        "--router", choices=["mixed", "per_token"], help="expert routing (the checkpoint's)"
+    )
+    parser.add_argument(
+        "--no-checkpoint", action="store_true", help="leave out what backend torch loads"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print sizes and steps, write none")
+    parser.add_argument("--force", action="store_true", help="keep nothing of an existing bundle")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, or estimate with `--dry-run`, and print the result."""
+    folder, config, generation, name = _read_shape(args)
+    engine = _engine_config(args, config)
+    output = args.output or Path("build") / name
+    if args.dry_run:
+        _print_estimate(args, config, generation, engine, output)
+        return SUCCESS
+    request = BuildRequest(
+        folder=folder,
+        random_shape=args.random_weights,
+        model_argument=args.model,
+        output=output,
+        engine=None if args.backend == "none" else engine,
+        limits=engine.limits,
+        router_mode=args.router,
+        keep_checkpoint=not args.no_checkpoint,
+        force=args.force,
+    )
+    result = build_bundle(request, BuildProgress(quiet=args.quiet))
+    if args.json:
+        print_json(result.as_dict())
+    else:
+        _print_result(result)
+    return SUCCESS
+
+
+def _read_shape(
+    args: argparse.Namespace,
+) -> tuple[Path | None, DogeConfig, Generation, str]:
+    """Checkpoint folder, architecture, generation and the bundle's short name."""
+    if args.random_weights is not None:
+        shape = released_shape(args.random_weights)
+        config = shape.config
+        if args.router is not None:
+            config = config.with_router_mode(args.router)
+        return None, config, shape.generation, args.random_weights
+    checkpoint = read_checkpoint(checkpoint_folder(args.model), args.router)
+    return checkpoint.folder, checkpoint.config, checkpoint.generation, checkpoint.name
+
+
+def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig:
+    """The engine's settings, which are also the bundle's limits."""
+    max_seq_len = config.max_position_embeddings if args.max_seq_len is None else args.max_seq_len
+    if max_seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--max-seq-len {max_seq_len} exceeds the {config.max_position_embeddings} positions "
+            "up to which the checkpoint's rotary embedding is defined"
+        )
+    return EngineConfig(
+        backend="tensorrt_rtx" if args.backend == "none" else args.backend,
+        targets=tuple(args.target.split(",")),
+        precision=args.precision,
+        max_batch_size=args.max_batch_size,
+        max_input_len=max_seq_len if args.max_input_len is None else args.max_input_len,
+        max_seq_len=max_seq_len,
+    )
+
+
+def _print_estimate(
+    args: argparse.Namespace,
+    config: DogeConfig,
+    generation: Generation,
+    engine: EngineConfig,
+    output: Path,
+) -> None:
+    found = estimate(config, generation, engine)
+    steps = ["read checkpoint", "export ONNX", "check ONNX"]
+    if args.backend != "none":
+        steps += [f"lower to {engine.precision}", f"build engine for {', '.join(engine.targets)}"]
+    steps.append("write bundle")
+    if args.json:
+        print_json({"bundle": str(output), "steps": steps, **found.as_dict()})
+        return
+    mib = 2**20
+    print(f"bundle                {output} (not written)")
+    print(f"generation            {generation.name}, {found.parameters:,} parameters")
+    print(f"steps                 {' -> '.join(steps)}")
+    print(f"model.onnx.data       {found.onnx_bytes / mib:.1f} MiB")
+    print(f"engine weights        {found.engine_bytes / mib:.1f} MiB ({engine.precision})")
+    print(f"KV cache              {found.kv_bytes_per_token:,} bytes per token and sequence")
+    print(
+        f"KV cache, full        {found.kv_bytes / mib:.1f} MiB for {engine.max_batch_size} "
+        f"sequences of {engine.max_seq_len}"
+    )
+    print(
+        f"floor on an RTX 4090  {found.floor_us:.0f} us per token at batch 1 and full context "
+        "(1008 GB/s by its data sheet)"
+    )
+
+
+def _print_result(result: BuildResult) -> None:
+    print(f"bundle {result.bundle.path}")
+    for file in result.bundle.manifest.files:
+        print(f"  {file.bytes:>13,}  {file.path}")
+    if result.engine is not None:
+        engine = result.engine
+        print(
+            f"engine {engine['backend']} {engine['precision']} for {', '.join(engine['targets'])}: "
+            f"{engine['attention']} attention layers ({engine['fused_attention']} fused kernels in "
+            f"the plans of both profiles), {engine['cache_updates']} cache updates, "
+            f"{engine['plugin_layers']} plugin layers"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(make_parser(), run, argv, ERRORS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""The exported model against its contract and against PyTorch, after every export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from model.contract import StepContract, TensorSpec
+from model.doge import DogeForCausalLM
+from plugins.custom_op import DOMAIN
+from plugins.onnx_function import OPSET
+from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER
+from runtime.backends.base import Backend, Limits
+from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
+from runtime.backends.torch_backend import TorchBackend
+from runtime.comparison import TOLERANCES, compare_backends, random_prompts
+
+CHECK_STEPS = 6
+CHECK_PROMPT_LENGTHS = (1, 13)
+
+
+class ExportCheckError(Exception):
+    """The exported model is not what it should be; a bug here or a change in the exporter."""
+
+
+def check_structure(path: Path, contract: StepContract, network: DogeForCausalLM) -> dict[str, Any]:
+    """Compare the model's opset, inputs, outputs, nodes and parameters with what they must be.
+
+    Returns:
+        Counts for the manifest.
+
+    Raises:
+        ExportCheckError: lists every difference.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportCheckError(f"the ONNX checker refuses the exported model: {error}") from error
+    exported = onnx.load(str(path), load_external_data=False)
+    problems = [
+        *_opset_problems(exported),
+        *_tensor_problems("input", contract.inputs, list(exported.graph.input)),
+        *_tensor_problems("output", contract.outputs, list(exported.graph.output)),
+        *_parameter_problems(exported, network),
+    ]
+    counts = {
+        op.name: sum(n.domain == DOMAIN and n.op_type == op.name for n in exported.graph.node)
+        for op in (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER)
+    }
+    layers = network.config.num_hidden_layers
+    expected = {
+        DYNAMIC_MASK_ATTENTION.name: layers,
+        EXPERT_GATHER.name: layers if network.config.is_moe else 0,
+    }
+    if counts != expected:
+        problems.append(f"{DOMAIN} nodes are {counts}, expected {expected}")
+    if problems:
+        raise ExportCheckError("the exported model breaks its contract: " + "; ".join(problems))
+    return {"passed": True, "nodes": len(exported.graph.node), "doge_nodes": counts}
+
+
+def check_numbers(
+    path: Path, contract: StepContract, network: DogeForCausalLM, limits: Limits
+) -> dict[str, Any]:
+    """Run the model in ONNX Runtime beside PyTorch: prefills and decode steps, same tokens.
+
+    Returns:
+        The comparison for the manifest.
+
+    Raises:
+        ExportCheckError: they differ by more than float32 explains.
+        BackendUnavailableError: onnxruntime is not installed.
+    """
+    config = network.config
+    router_mode = config.router_mode if config.is_moe else None
+    reference: Backend = TorchBackend(network, limits=limits, variant="fp32")
+    candidate: Backend = OnnxRuntimeBackend(
+        make_session(str(path), None),
+        contract,
+        limits=limits,
+        variant="fp32",
+        vocab_size=config.vocab_size,
+        router_mode=router_mode,
+    )
+    longest = min(limits.max_input_len, limits.max_seq_len - CHECK_STEPS)
+    lengths = [min(length, longest) for length in CHECK_PROMPT_LENGTHS if longest > 0]
+    if not lengths:
+        lengths = [1]
+    prompts = [
+        prompt
+        for seed, length in enumerate(lengths)
+        for prompt in random_prompts(config.vocab_size, 1, length, seed)
+    ]
+    steps = min(CHECK_STEPS, limits.max_seq_len - max(lengths))
+    atol, rtol = TOLERANCES["fp32"]
+    report = compare_backends(reference, candidate, prompts, steps, atol=atol, rtol=rtol)
+    candidate.close()
+    if report.verdict == "fail":
+        raise ExportCheckError(f"ONNX Runtime and PyTorch disagree: {report.reason}")
+    result = report.as_dict()
+    return {"passed": True, "steps": result["steps"], **result["logits"]}
+
+
+def _opset_problems(exported: onnx.ModelProto) -> list[str]:
+    opsets = {entry.domain: entry.version for entry in exported.opset_import}
+    expected = {"": OPSET, DOMAIN: 1}
+    wrong = {d: opsets.get(d) for d, v in expected.items() if opsets.get(d) != v}
+    return [f"opset of domain {d!r} is {v}, expected {expected[d]}" for d, v in wrong.items()]
+
+
+def _tensor_problems(
+    kind: str, expected: tuple[TensorSpec, ...], found: list[onnx.ValueInfoProto]
+) -> list[str]:
+    described = [_describe(value) for value in found]
+    wanted = [(spec.name, spec.dtype, spec.shape) for spec in expected]
+    if described == wanted:
+        return []
+    differing = [f"{a} instead of {b}" for a, b in zip(described, wanted, strict=False) if a != b]
+    return [f"{kind}s ({len(described)}, expected {len(wanted)}): {', '.join(differing[:4])}"]
+
+
+def _describe(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    return value.name, dtype, shape
+
+
+def _parameter_problems(exported: onnx.ModelProto, network: DogeForCausalLM) -> list[str]:
+    """Every parameter is an initializer of the same name and shape."""
+    found = {tensor.name: tuple(tensor.dims) for tensor in exported.graph.initializer}
+    return [
+        f"parameter {name} is {found.get(name)}, expected {tuple(parameter.shape)}"
+        for name, parameter in network.named_parameters()
+        if found.get(name) != tuple(parameter.shape)
+    ]

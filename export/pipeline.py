@@ -1,0 +1,328 @@
+"""The whole build: checkpoint, canonical ONNX, lowered model, engine, bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import resource
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from export.bundle_writer import BundleWriter, same_source
+from export.checks import check_numbers, check_structure
+from export.engine import DTYPES, EngineConfig, EngineReport, build_engine, check_builder
+from export.graph import MODEL_NAME, export_onnx
+from export.lowerings.half_precision import HalfType, lower_to_half
+from export.progress import BuildProgress
+from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
+from model.checkpoint import load_checkpoint
+from model.contract import StepContract, step_contract
+from runtime.backends.base import Limits
+from runtime.bundle import Bundle
+from runtime.manifest import BundleFile, Manifest, Source, Variant
+
+logger = logging.getLogger(__name__)
+
+# Packages whose version can change what a build gives.
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx-cu13",
+    "tensorrt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        folder: the checkpoint, or None for random weights.
+        random_shape: name of a released shape for random weights, or None.
+        model_argument: what the user called the checkpoint.
+        output: folder of the bundle.
+        engine: the engine to build, None for none.
+        limits: limits of every model in the bundle.
+        router_mode: overrides the checkpoint's, None keeps it.
+        keep_checkpoint: put the checkpoint into the bundle, for backend torch.
+        force: build everything anew instead of adding to a bundle of the same source.
+    """
+
+    folder: Path | None
+    random_shape: str | None
+    model_argument: str | None
+    output: Path
+    engine: EngineConfig | None
+    limits: Limits
+    router_mode: str | None
+    keep_checkpoint: bool
+    force: bool
+
+
+@dataclass(kw_only=True)
+class BuildResult:
+    """What a build gave; `as_dict` is the JSON of the command.
+
+    Attributes:
+        bundle: the finished bundle.
+        timings: seconds by stage.
+        engine: the engine's part of the report, None when none was built.
+        warnings: what the user should know.
+    """
+
+    bundle: Bundle
+    timings: dict[str, float]
+    engine: dict[str, Any] | None
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "bundle": str(self.bundle.path),
+            "files": [asdict(file) for file in self.bundle.manifest.files],
+            "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
+            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            "engine": self.engine,
+            # Only narrow weights are measured, and none of the precisions of this version is.
+            "quality": None,
+            "warnings": self.warnings,
+        }
+
+
+def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
+    """Run the build; an existing bundle stays as it is until the new one is whole.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        UnsupportedModelError: the checkpoint cannot be read or is of no known generation.
+        BackendUnavailableError: the engine's builder or onnxruntime is missing.
+        EngineBuildError: the engine could not be built.
+        ExportCheckError: the exported model is wrong.
+        BundleWriteError: the bundle cannot be written where it should go.
+    """
+    if request.engine is not None:
+        check_builder(request.engine)
+    with BundleWriter(request.output, checkpoint=request.folder) as writer, progress.shown():
+        with progress.stage("read checkpoint"):
+            checkpoint = _checkpoint(request, writer)
+            source = describe_source(checkpoint, request.model_argument, request.random_shape)
+        build = _Build(request, checkpoint, source, writer, progress)
+        kept = build.adopt_previous()
+        if not kept:
+            build.export()
+        engine = build.engine() if request.engine is not None else None
+        with progress.stage("write bundle"):
+            build.copy_checkpoint()
+            bundle = writer.publish(build.manifest())
+    return BuildResult(
+        bundle=bundle, timings=progress.timings, engine=engine, warnings=build.warnings
+    )
+
+
+def _checkpoint(request: BuildRequest, writer: BundleWriter) -> Checkpoint:
+    if request.random_shape is not None:
+        return write_random(writer.folder / "checkpoint", request.random_shape, request.router_mode)
+    if request.folder is None:
+        raise AssertionError("a request has a folder or a shape")
+    return read_checkpoint(request.folder, request.router_mode)
+
+
+class _Build:
+    """One build while it runs: the parts that the manifest will list."""
+
+    def __init__(
+        self,
+        request: BuildRequest,
+        checkpoint: Checkpoint,
+        source: Source,
+        writer: BundleWriter,
+        progress: BuildProgress,
+    ) -> None:
+        self.warnings: list[str] = []
+        self._request = request
+        self._checkpoint = checkpoint
+        self._source = source
+        self._writer = writer
+        self._progress = progress
+        self._checks: dict[str, dict[str, Any]] = {}
+        self._variants: list[Variant] = []
+        self._versions = _installed_versions()
+
+    def contract(self, cache_dtype: str = "float32") -> StepContract:
+        """The step contract with keys and values cached as `cache_dtype`."""
+        return step_contract(
+            self._checkpoint.config,
+            self._checkpoint.generation,
+            max_seq_len=self._request.limits.max_seq_len,
+            cache_dtype=cache_dtype,
+        )
+
+    def adopt_previous(self) -> bool:
+        """Take over what a bundle of the same source holds; whether the ONNX model is in it."""
+        previous = self._writer.previous
+        if previous is None or self._request.force:
+            return False
+        manifest = previous.manifest
+        config, limits = self._checkpoint.config, self._request.limits
+        if not same_source(manifest, self._source, config, limits):
+            self._warn(f"replaces the bundle of {manifest.source.name} with other settings")
+            return False
+        if manifest.versions != self._versions:
+            self._warn("other package versions than the bundle's: everything is built anew")
+            return False
+        rebuilt = self._engine_path()
+        self._writer.adopt(previous, lambda file: _is_kept(file, rebuilt))
+        self._checks = {name: dict(result) for name, result in manifest.checks.items()}
+        self._variants = [
+            v for v in manifest.variants if v.path != rebuilt and v.backend != "torch"
+        ]
+        logger.info("the ONNX model of the bundle is kept; --force builds it anew")
+        return True
+
+    def export(self) -> None:
+        """Write and check the canonical model."""
+        progress, request = self._progress, self._request
+        with progress.stage("load checkpoint"):
+            network = load_checkpoint(self._checkpoint.folder, router_mode=request.router_mode)
+        with progress.stage("export ONNX"):
+            path = self._writer.path_for(MODEL_NAME)
+            export_onnx(network, path, max_seq_len=request.limits.max_seq_len)
+        with progress.stage("check ONNX"):
+            contract = self.contract()
+            self._checks["onnx_structure"] = check_structure(path, contract, network)
+            self._checks["onnxruntime_against_torch"] = check_numbers(
+                path, contract, network, request.limits
+            )
+        self._writer.add_file("onnx", MODEL_NAME)
+        self._writer.add_file("weights", f"{MODEL_NAME}.data")
+        self._variants.append(
+            Variant(backend="onnxruntime", name="fp32", path=MODEL_NAME, precision="fp32")
+        )
+
+    def engine(self) -> dict[str, Any]:
+        """Lower the canonical model and build the engine."""
+        config = self._request.engine
+        if config is None:
+            raise AssertionError("no engine was asked for")
+        canonical = self._writer.folder / MODEL_NAME
+        dtype = DTYPES[config.precision]
+        contract = self.contract(dtype)
+        with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
+            lowered = canonical
+            if dtype != "float32":
+                with self._progress.stage(f"lower to {config.precision}"):
+                    lowered = _lower(canonical, Path(scratch), dtype)
+            with self._progress.stage("build engine"):
+                built = build_engine(lowered, config, contract, self._progress)
+        relative = f"engines/{config.file_name}"
+        self._writer.path_for(relative).write_bytes(built.blob)
+        self._writer.add_file("engine", relative)
+        details = _engine_details(config, built.report, contract, dtype)
+        variant = Variant(
+            backend=config.backend,
+            name=f"{config.precision}-{'-'.join(config.targets)}",
+            path=relative,
+            precision=config.precision,
+            details=details,
+        )
+        self._variants.insert(0, variant)
+        keys = ("targets", "layers", "plugin_layers", "fused_attention")
+        return {
+            "backend": config.backend,
+            "precision": config.precision,
+            "cache_updates": built.report.cache_updates,
+            "attention": built.report.attention,
+            **{key: details[key] for key in keys},
+        }
+
+    def copy_checkpoint(self) -> None:
+        """Link the checkpoint and its tokenizer into the bundle, unless adopted already."""
+        writer, checkpoint = self._writer, self._checkpoint
+        if self._request.keep_checkpoint:
+            for file in checkpoint.files:
+                relative = f"checkpoint/{file.name}"
+                if self._request.random_shape is not None:
+                    writer.add_file("checkpoint", relative)
+                else:
+                    writer.link_or_copy(file, relative, "checkpoint")
+            self._variants.append(
+                Variant(backend="torch", name="fp32", path="checkpoint", precision="fp32")
+            )
+        elif self._request.random_shape is not None:
+            shutil.rmtree(checkpoint.folder)
+        for file in checkpoint.tokenizer_files:
+            writer.link_or_copy(file, f"tokenizer/{file.name}", "tokenizer")
+
+    def manifest(self) -> Manifest:
+        """The manifest of what was built, without the files that the writer adds."""
+        config = self._checkpoint.config
+        return Manifest(
+            project_version=importlib.metadata.version("doge-tensorrt"),
+            source=self._source,
+            generation=self._checkpoint.generation.name,
+            config=config.as_dict(),
+            router_mode=config.router_mode if config.is_moe else None,
+            limits=self._request.limits,
+            contract=self.contract().as_dict(),
+            variants=tuple(self._variants),
+            versions=self._versions,
+            checks=self._checks,
+        )
+
+    def _engine_path(self) -> str | None:
+        engine = self._request.engine
+        return None if engine is None else f"engines/{engine.file_name}"
+
+    def _warn(self, message: str) -> None:
+        logger.warning("%s", message)
+        self.warnings.append(message)
+
+
+def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:
+    """Checkpoint and tokenizer are linked anew, the engine that is built now is replaced."""
+    return file.role not in {"checkpoint", "tokenizer"} and file.path != rebuilt
+
+
+def _lower(canonical: Path, folder: Path, dtype: str) -> Path:
+    half: HalfType = "bfloat16" if dtype == "bfloat16" else "float16"
+    model = ir.load(canonical)
+    lower_to_half(model, half)
+    path = folder / f"{half}.onnx"
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return path
+
+
+def _engine_details(
+    config: EngineConfig, report: EngineReport, contract: StepContract, dtype: str
+) -> dict[str, Any]:
+    return {
+        "targets": list(config.targets),
+        "builder_version": report.builder_version,
+        "cache_dtype": dtype,
+        "score_dtype": "float32",
+        "profiles": [profile.as_dict(contract) for profile in report.profiles],
+        "contract": contract.as_dict(),
+        "layers": report.layers,
+        "attention": report.attention,
+        "cache_updates": report.cache_updates,
+        "plugin_layers": report.plugin_layers,
+        "fused_attention": report.fused_attention,
+    }
+
+
+def _installed_versions() -> dict[str, str]:
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
