@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime.manifest import MANIFEST_NAME, Manifest
@@ -27,6 +27,10 @@ from runtime.manifest import MANIFEST_NAME, Manifest
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".build-lock"
+# First parts of the paths that bundles use, for one whose manifest can no longer be read.
+_BUNDLE_PARTS = frozenset(
+    ["model.onnx", "model.onnx.data", "checkpoint", "tokenizer", "cpu", "engines", "kernels"]
+)
 
 
 class BundleWriteError(Exception):
@@ -69,6 +73,11 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
         BundleWriteError: as `recover`.
     """
     folder = work_folder_of(output)
+    if importlib.util.find_spec("fcntl") is None:
+        raise BundleWriteError(
+            "this system cannot lock files (its Python has no fcntl); build on Linux and copy the "
+            "bundle"
+        )
     try:
         lock = _take_lock(output, folder)
     except OSError as error:
@@ -83,17 +92,23 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
             ) from error
         yield folder
     finally:
-        # A swapped folder has another name now; what has the old name belongs to the next build.
-        if _is_file_of(lock, folder / LOCK_NAME):
-            _empty(folder)
-            (folder / LOCK_NAME).unlink()
-            with contextlib.suppress(OSError):  # the next build may have moved in already
-                folder.rmdir()
-        os.close(lock)
+        try:
+            # A swapped folder has another name; what has the old name belongs to the next build.
+            if _is_file_of(lock, folder / LOCK_NAME):
+                _empty(folder)
+                (folder / LOCK_NAME).unlink()
+                with contextlib.suppress(OSError):  # the next build may have moved in already
+                    folder.rmdir()
+        except OSError as error:  # the next build tries again; what ended this one matters more
+            logger.warning("the work folder %s could not be removed: %s", folder, error)
+        finally:
+            os.close(lock)
 
 
 def swap(output: Path) -> None:
     """Put the complete work folder in the place of `output`.
+
+    Interrupted, it leaves either folder there, whole.
 
     Raises:
         OSError: a folder cannot be moved; `output` is as it was.
@@ -101,16 +116,16 @@ def swap(output: Path) -> None:
     folder, old = work_folder_of(output), old_folder_of(output)
     sync_tree(folder)
     move_aside = output.exists() and any(output.iterdir())
-    if move_aside:
-        output.rename(old)
     try:
-        folder.rename(output)
-    except OSError:
         if move_aside:
+            output.rename(old)
+        folder.rename(output)
+    except BaseException:
+        if move_aside and not output.exists():
             old.rename(output)
         raise
-    _sync(output.parent)
     try:
+        _sync(output.parent)
         _finish(output)
     except OSError as error:
         logger.warning("%s is complete, but %s could not be deleted: %s", output, old, error)
@@ -142,8 +157,8 @@ def _take_lock(output: Path, folder: Path) -> int:
         file = folder / LOCK_NAME
         if not file.exists() and any(folder.iterdir()):
             raise BundleWriteError(
-                f"{folder} is needed for the build, but holds files that no build put there; move "
-                "it away"
+                f"{folder} is needed for the build, but holds files that no build put there; "
+                "give it another name"
             )
         try:
             lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -158,6 +173,8 @@ def _take_lock(output: Path, folder: Path) -> int:
 
 
 def _lock_at_once(handle: int) -> bool:
+    import fcntl  # Windows has none, and must be able to say so
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,8 +191,14 @@ def _is_file_of(handle: int, path: Path) -> bool:
 
 
 def _restore(output: Path) -> None:
-    """Bring `output` and `output.old` into order; the caller holds the lock."""
+    """Bring `output` and `output.old` into order; the caller holds the lock.
+
+    A build killed between its two moves has left a complete work folder too. Without one,
+    `output.old` may be a bundle that somebody put aside by hand under the name that people give to
+    such things: restored, the build would replace it.
+    """
     old, mark = old_folder_of(output), output / LOCK_NAME
+    complete = (work_folder_of(output) / MANIFEST_NAME).is_file()
     if mark.is_file():
         handle = os.open(mark, os.O_RDWR)
         try:
@@ -184,12 +207,13 @@ def _restore(output: Path) -> None:
             _finish(output)
         finally:
             os.close(handle)
-    elif (old / MANIFEST_NAME).is_file() and not output.exists():
+    elif complete and (old / MANIFEST_NAME).is_file() and not output.exists():
         old.rename(output)
         logger.warning("a build of %s was interrupted: restored the bundle that was there", output)
     elif old.exists():
         raise BundleWriteError(
-            f"{old} is needed for the build, but is not from one that was interrupted; move it away"
+            f"{old} is needed for the build, but is not from one that was interrupted; give it "
+            "another name"
         )
 
 
@@ -206,22 +230,30 @@ def _finish(output: Path) -> None:
 
 
 def _move_own_files(old: Path, output: Path) -> None:
-    try:
-        text = (old / MANIFEST_NAME).read_text(encoding="utf-8")
-        bundle_files = {file.path for file in Manifest.from_json(text).files}
-    except (OSError, ValueError):
-        return
-    bundle_files |= {MANIFEST_NAME, LOCK_NAME}
-    for root, _, names in os.walk(old):
-        for name in names:
+    is_bundle_file = _bundle_files(old)
+    for root, folders, names in os.walk(old):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        for name in [*names, *links]:
             place = Path(root, name)
             relative = place.relative_to(old)
             target = output / relative
-            if relative.as_posix() in bundle_files or target.exists():
+            if is_bundle_file(relative) or os.path.lexists(target):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             place.rename(target)
             logger.info("kept %s, which is not part of the bundle", target)
+
+
+def _bundle_files(old: Path) -> Callable[[Path], bool]:
+    """Tells which relative paths belong to the bundle, by its manifest or else by their names."""
+    try:
+        text = (old / MANIFEST_NAME).read_text(encoding="utf-8")
+        listed = {file.path for file in Manifest.from_json(text).files}
+    except (OSError, ValueError):
+        own = _BUNDLE_PARTS | {MANIFEST_NAME, LOCK_NAME}
+        return lambda relative: relative.parts[0] in own
+    listed |= {MANIFEST_NAME, LOCK_NAME}
+    return lambda relative: relative.as_posix() in listed
 
 
 def _empty(folder: Path) -> None:

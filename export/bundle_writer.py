@@ -32,7 +32,11 @@ __all__ = ["BundleWriteError", "BundleWriter", "recover", "same_source"]
 
 logger = logging.getLogger(__name__)
 
+# Many formats have a manifest.json with a version of the format; together these are ours alone.
+_OUR_KEYS = ("format_version", "project_version", "weights_sha256")
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# onnx 1.23 and onnx-ir 1.1 refuse to read external data that has a second hard link.
+_NEVER_LINKED = frozenset[FileRole](["onnx", "weights", "cpu"])
 # Another file system, one without hard links, a file too often linked, or one that the kernel's
 # fs.protected_hardlinks keeps others from linking.
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
@@ -135,7 +139,7 @@ class BundleWriter:
         self._files[relative] = role
 
     def link_or_copy(self, source: Path, relative: str, role: FileRole) -> Path:
-        """Put `source` into the bundle: a hard link where that is possible, else a copy.
+        """Put `source` into the bundle: a hard link where that is possible and does, else a copy.
 
         Raises:
             FileNotFoundError: `source` is no file.
@@ -144,7 +148,7 @@ class BundleWriter:
         if not real.is_file():
             raise FileNotFoundError(f"{source} is no file, so it cannot go into the bundle")
         target = self.path_for(relative)
-        _link_or_copy(real, target)
+        _link_or_copy(real, target, role)
         self._files[relative] = role
         return target
 
@@ -165,7 +169,8 @@ class BundleWriter:
             if file.path not in self._files and wanted(file)
         )
         for file in taken:
-            _link_or_copy(previous.file(file.path).resolve(), self.path_for(file.path))
+            target = self.path_for(file.path)
+            _link_or_copy(previous.file(file.path).resolve(), target, file.role)
             self._files[file.path] = file
         return taken
 
@@ -250,7 +255,10 @@ def _check_apart(output: Path, checkpoint: Path) -> None:
 
 
 def _open_previous(output: Path) -> Bundle | None:
-    """The bundle at `output`; None when nothing is there, or a broken bundle, which is told."""
+    """The bundle at `output`; None when nothing is there, or a broken bundle, which is told.
+
+    Anything that is not known to be a bundle of ours is refused: a build never deletes it.
+    """
     if not output.exists() or not any(output.iterdir()):
         return None
     try:
@@ -262,10 +270,10 @@ def _open_previous(output: Path) -> Bundle | None:
         ) from error
     except ValueError as error:
         text = (output / MANIFEST_NAME).read_text(encoding="utf-8", errors="replace")
-        if '"format_version"' not in text and not (output / "model.onnx").exists():
+        if not all(f'"{key}"' in text for key in _OUR_KEYS):
             raise BundleWriteError(
-                f"{output} holds a {MANIFEST_NAME} of something else and is not "
-                "replaced; choose another --output"
+                f"{output} holds a {MANIFEST_NAME} that cannot be told to be a bundle's, so it is "
+                "not replaced; choose another --output, or delete it yourself"
             ) from error
         logger.warning("nothing of the earlier bundle can be kept, it will be replaced: %s", error)
         return None
@@ -278,7 +286,10 @@ def _plain(relative: str) -> str:
     return relative
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path, role: FileRole) -> None:
+    if role in _NEVER_LINKED:
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError as error:

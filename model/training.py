@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +24,19 @@ from model.checkpoint import WEIGHTS_NAME
 from model.config import DogeConfig
 from model.doge import DogeForCausalLM
 from model.generations.g4 import G4
+from model.step_ops import Tap, no_tap
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
+# What goes into the residual stream, by the last part of its tap's name.
+_DROPPED = ("embedding", "attention_output", "mlp_output")
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    WEIGHTS_NAME,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +50,19 @@ class TrainingConfig:
         batch_tokens: tokens of a step.
         learning_rate: its peak, after the warm-up; it decays as a cosine to a tenth.
         weight_decay: on matrices only.
+        dropout: share of the embedding and of each block's output that a step leaves out.
         eval_every: steps between two looks at the validation text.
         vocab_size: tokens of the byte-level BPE.
-        seed: of weights and windows.
+        seed: of weights, windows and dropout.
     """
 
-    steps: int = 1500
-    long_steps: int = 300
+    steps: int = 1200
+    long_steps: int = 200
     window: int = 512
     batch_tokens: int = 4096
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    dropout: float = 0.1
     eval_every: int = 100
     vocab_size: int = 2048
     seed: int = 0
@@ -69,6 +82,11 @@ class TrainingConfig:
         ]
         if not 0 < self.learning_rate < 1:
             problems.append(f"learning_rate must be between 0 and 1, got {self.learning_rate}")
+        problems += [
+            f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+            for name in ("weight_decay", "dropout")
+            if not 0 <= getattr(self, name) < 1
+        ]
         if self.batch_tokens < self.window:
             problems.append(
                 f"batch_tokens ({self.batch_tokens}) must cover one window ({self.window})"
@@ -84,8 +102,8 @@ class TrainingResult:
     Attributes:
         steps: optimizer steps done.
         best_step: the step whose weights were kept.
-        train_loss: mean over the steps since the evaluation before `best_step`.
-        validation_loss: on the last tenth of the text, at `best_step`.
+        train_loss: on the text's first nine tenths, with the weights of `best_step`.
+        validation_loss: on its last tenth, likewise.
         parameters: unique parameters.
         seconds: wall time.
     """
@@ -120,6 +138,24 @@ def tiny_config(vocab_size: int) -> DogeConfig:
     )
 
 
+def read_text(path: Path) -> str:
+    """The text to train on.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    if not path.is_file():
+        kind = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"text {path} {kind}; give a UTF-8 text file with --text")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text {path} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+        ) from error
+
+
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     """A byte-level BPE with Doge's special tokens in front; it prepends begin-of-text."""
     tokenizer = Tokenizer(models.BPE())
@@ -144,18 +180,18 @@ def new_network(config: DogeConfig, seed: int) -> DogeForCausalLM:
     A starts at 1 instead of the published 0, at which every key scores the same and nothing can be
     learned from the mask; dt_proj starts wide enough that scores differ.
     """
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     network = DogeForCausalLM(config, G4)
     for name, parameter in network.named_parameters():
         if name.endswith("self_attn.A"):
             nn.init.ones_(parameter)
         elif name.endswith("dt_proj.weight"):
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.2, generator=generator)
         elif parameter.dim() > 1:
             std = 0.02
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * config.num_hidden_layers)
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=std, generator=generator)
     return network
 
 
@@ -168,6 +204,8 @@ class Trainer:
         Raises:
             ValueError: the text is too short for the context it is to be trained on.
         """
+        if not text:
+            raise ValueError("the text is empty; give a longer text")
         self.config = config
         cut = len(text) * 9 // 10
         self.tokenizer = train_tokenizer(text[:cut], config.vocab_size)
@@ -179,7 +217,7 @@ class Trainer:
         shortest = min(len(self._train), len(self._validation))
         if shortest < longest:
             raise ValueError(
-                f"the text is too short: its smaller part has {shortest} tokens, a window needs "
+                f"the text is too short: its smaller part has {shortest} tokens and a window needs "
                 f"{longest}; give a longer text"
             )
         self.network = new_network(self.doge, config.seed)
@@ -198,42 +236,43 @@ class Trainer:
         """
         begin = time.perf_counter()
         optimizer = self._optimizer()
-        best: tuple[float, int, float] | None = None
+        best_loss, best_step = math.inf, 0
         best_weights: dict[str, Tensor] = {}
-        recent: list[float] = []
         for step in range(1, self.config.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             loss = self._step(optimizer, step)
-            recent.append(loss)
             validation = None
             if step % self.config.eval_every == 0 or step == self.config.steps:
                 validation = self.evaluate()
-                if best is None or validation < best[0]:
-                    best = (validation, step, sum(recent) / len(recent))
+                if validation < best_loss:
+                    best_loss, best_step = validation, step
                     best_weights = {k: v.clone() for k, v in self.network.state_dict().items()}
                     on_best()
-                recent = []
             on_step(step, loss, validation)
-        if best is None:
-            raise AssertionError("the last step is evaluated")
+        if not best_weights:
+            raise ValueError("the loss is not a number; lower --learning-rate")
         self.network.load_state_dict(best_weights)
         return TrainingResult(
             steps=self.config.steps,
-            best_step=best[1],
-            train_loss=best[2],
-            validation_loss=best[0],
+            best_step=best_step,
+            train_loss=self._mean_loss(self._train),
+            validation_loss=best_loss,
             parameters=sum(p.numel() for p in self.network.parameters()),
             seconds=time.perf_counter() - begin,
         )
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Loss per token of the validation text in windows of the whole context."""
+        """Loss per token of the validation text."""
+        return self._mean_loss(self._validation)
+
+    @torch.no_grad()
+    def _mean_loss(self, tokens: Tensor) -> float:
+        """Loss per token of a text, cut into windows of the longest that training uses."""
         window = self.doge.max_position_embeddings if self.config.long_steps else self.config.window
-        rows = self._validation[: len(self._validation) // window * window].view(-1, window)
-        losses = [self._loss(row[None]).item() for row in rows]
-        return sum(losses) / len(losses)
+        rows = tokens[: len(tokens) // window * window].view(-1, window)
+        batches = torch.split(rows, max(1, self.config.batch_tokens // window))
+        return sum(self._loss(batch).item() * len(batch) for batch in batches) / len(rows)
 
     def _encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -258,7 +297,8 @@ class Trainer:
         config = self.config
         long = step > config.steps - config.long_steps
         window = self.doge.max_position_embeddings if long else config.window
-        loss = self._loss(self._windows(window, max(1, config.batch_tokens // window)))
+        targets = self._windows(window, max(1, config.batch_tokens // window))
+        loss = self._loss(targets, self._drop)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -271,34 +311,64 @@ class Trainer:
         starts = torch.randint(0, last + 1, (count,), generator=self._generator)
         return torch.stack([self._train[start : start + window] for start in starts])
 
-    def _loss(self, targets: Tensor) -> Tensor:
+    def _drop(self, value: Tensor, name: str) -> Tensor:
+        """Dropout, as a tap: training is regularised, the network itself knows nothing of it."""
+        rate = self.config.dropout
+        if rate == 0 or name.rpartition(".")[-1] not in _DROPPED:
+            return value
+        kept = torch.rand(value.shape, generator=self._generator) >= rate
+        return value * kept / (1 - rate)
+
+    def _loss(self, targets: Tensor, tap: Tap = no_tap) -> Tensor:
         """Mean loss of predicting each token of [B, S] from begin-of-text and those before it."""
         B, S = targets.shape
         bos = torch.full((B, 1), self.doge.bos_token_id or 0)
         positions = torch.arange(S).expand(B, S)
         start = torch.zeros(B, dtype=torch.int64)
         inputs = torch.cat([bos, targets[:, :-1]], dim=1)
-        logits, _ = self.network(inputs, positions, start, positions, None)
+        logits, _ = self.network(inputs, positions, start, positions, None, tap)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def save_checkpoint(trainer: Trainer, folder: Path) -> None:
-    """Write network and tokenizer as a checkpoint folder, whole or not at all.
+def check_output(folder: Path) -> None:
+    """Check that `folder` is free to become a checkpoint: absent, empty, or an earlier one.
 
-    A README.md in the folder stays; any other file of that name is replaced.
+    Raises:
+        ValueError: it is a file, or holds something that a checkpoint does not.
     """
-    work = folder.with_name(f"{folder.name}.writing")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; give a folder")
+    known = {*CHECKPOINT_FILES, "README.md"}
+    foreign = sorted(p.name for p in folder.glob("*") if p.name not in known)
+    if foreign:
+        raise ValueError(
+            f"output {folder} holds {', '.join(foreign[:5])}, which is no part of a checkpoint; "
+            "give a new folder"
+        )
+
+
+def save_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """Write network and tokenizer as a checkpoint folder.
+
+    All files are written beside the folder before the first one moves in. A README.md that is
+    there stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.contiguous() for k, v in trainer.network.state_dict().items()}
-    save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})
-    trainer.tokenizer.save(str(work / "tokenizer.json"), pretty=False)
-    for name, content in _json_files(trainer.doge):
-        (work / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in work.iterdir():
-        file.replace(folder / file.name)
-    work.rmdir()
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        work = Path(name) / folder.name
+        work.mkdir()
+        save_file(tensors, work / WEIGHTS_NAME, metadata={"format": "pt"})
+        trainer.tokenizer.save(str(work / "tokenizer.json"), pretty=False)
+        for file_name, content in _json_files(trainer.doge):
+            (work / file_name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        # safetensors writes a file that only its owner may read.
+        (work / WEIGHTS_NAME).chmod((work / "config.json").stat().st_mode)
+        if not folder.exists():
+            work.rename(folder)
+            return
+        for file in work.iterdir():
+            file.replace(folder / file.name)
 
 
 def _json_files(doge: DogeConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
-from model.config import DogeConfig, UnsupportedModelError
+from model.config import DogeConfig, RouterMode, UnsupportedModelError
 from model.contract import step_contract
 from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
 from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
+from runtime.strict_json import Kinds, read_object
 
 __all__ = ["Bundle", "Variant", "config_from_dict", "sha256_of"]
 
 TOKENIZER_FOLDER = "tokenizer"
-_BUILD_HINT = "build one with: python export/build_engine.py --output DIR"
+_BUILD_COMMAND = "python export/build_engine.py"
+_BUILD_HINT = f"build one with: {_BUILD_COMMAND} --output DIR"
 
 
 class Bundle:
@@ -84,7 +88,7 @@ class Bundle:
             raise FileNotFoundError(_not_a_bundle(path))
         try:
             bundle = cls(path, Manifest.from_json(file.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"bundle {path} is broken: {error}") from error
         if verify:
             problems = bundle.altered_files()
@@ -112,19 +116,22 @@ class Bundle:
         return tuple(v for v in self.manifest.variants if v.backend == backend)
 
     def variant(self, backend: str, name: str | None = None) -> Variant:
-        """The model called `name`, or the backend's default.
+        """The model called `name`, else the first of the precision `name`; None is the default.
 
         Raises:
             ValueError: the bundle has no such model; lists those it has.
         """
-        for variant in self.variants(backend):
-            if name is None or variant.name == name:
-                return variant
+        candidates = self.variants(backend)
+        if name is not None:
+            exact = tuple(v for v in candidates if v.name == name)
+            candidates = exact or tuple(v for v in candidates if v.precision == name)
+        if candidates:
+            return candidates[0]
         wanted = backend if name is None else f"{backend}:{name}"
         present = ", ".join(f"{v.backend}:{v.name}" for v in self.manifest.variants)
         raise ValueError(
             f"bundle {self.path} has no model {wanted}; it has {present or 'none'}. "
-            f"{_how_to_add(backend, name)} --output {self.path}"
+            f"{self._how_to_add(backend, name)}"
         )
 
     def file(self, relative: str) -> Path:
@@ -156,6 +163,27 @@ class Bundle:
         """Hash every file; one sentence for each that is not as the manifest says."""
         return tuple(p for file in self.manifest.files for p in self._hash_problems(file))
 
+    def _how_to_add(self, backend: str, name: str | None) -> str:
+        """The command that adds a model for `backend` and keeps what the bundle has.
+
+        With another checkpoint or other limits the same command would replace the bundle.
+        """
+        source, limits = self.manifest.source, self.limits
+        flags = {"--model": "DIR"}
+        if source.kind != "folder":
+            flags = {"--random-weights" if source.kind == "random" else "--model": source.name}
+        if self.manifest.router_mode is not None:
+            flags["--router"] = self.manifest.router_mode
+        for field in dataclasses.fields(limits):
+            flags[f"--{field.name.replace('_', '-')}"] = str(getattr(limits, field.name))
+        flags |= _flags_for(backend, name)
+        flags["--output"] = str(self.path)
+        words = [word for flag in flags.items() for word in flag]
+        command = f"Add it with: {_BUILD_COMMAND} {shlex.join(words)}"
+        if source.kind == "folder":
+            command += f" (DIR: the folder of the checkpoint {source.name})"
+        return command if backend != "torch" else f"{command}, without --no-checkpoint"
+
     def _listed(self, relative: str) -> list[BundleFile]:
         found = [
             file
@@ -172,13 +200,13 @@ class Bundle:
         place = self.path / file.path
         try:
             real = place.resolve()  # a loop of symbolic links is an error of its own
+            if not real.is_relative_to(self.path.resolve()):
+                return [f"{file.path} is a link that leads out of the bundle; put a copy there"]
+            if not real.is_file():
+                return [f"{file.path} is missing, expected a file of {file.bytes} bytes"]
+            size = real.stat().st_size
         except (OSError, RuntimeError) as error:
             return [f"{file.path} cannot be found: {error}"]
-        if not real.is_relative_to(self.path.resolve()):
-            return [f"{file.path} is a link that leads out of the bundle; put a copy in its place"]
-        if not real.is_file():
-            return [f"{file.path} is missing, expected a file of {file.bytes} bytes"]
-        size = real.stat().st_size
         if size != file.bytes:
             return [f"{file.path} has {size} bytes, expected {file.bytes}"]
         return []
@@ -186,7 +214,10 @@ class Bundle:
     def _hash_problems(self, file: BundleFile) -> list[str]:
         problems = self._size_problems(file)
         if not problems:
-            found = sha256_of(self.path / file.path)
+            try:
+                found = sha256_of(self.path / file.path)
+            except OSError as error:
+                return [f"{file.path} cannot be read: {error}"]
             if found != file.sha256:
                 problems = [f"{file.path} has sha256 {found}, expected {file.sha256}"]
         return problems
@@ -196,18 +227,33 @@ def config_from_dict(values: Mapping[str, Any]) -> DogeConfig:
     """The architecture from `DogeConfig.as_dict()`.
 
     Raises:
-        ValueError: a missing or unknown field, or a value that no Doge has.
+        ValueError: a missing or unknown field, a wrong type, or a value that no Doge has.
     """
-    names = {field.name for field in dataclasses.fields(DogeConfig)}
-    problems = [f"config.{name} is missing" for name in sorted(names - set(values))]
-    problems += [f"config.{name} is an unknown key" for name in sorted(set(values) - names)]
+    problems: list[str] = []
+    fields = read_object(dict(values), "config", _config_kinds(), problems)
+    eos = fields.get("eos_token_id")
+    if isinstance(eos, list):
+        fields["eos_token_id"] = tuple(eos)
+        if not all(type(token) is int for token in eos):
+            problems.append(f"config.eos_token_id is {eos}, expected whole numbers")
     if problems:
         raise ValueError("; ".join(problems))
-    eos = values["eos_token_id"]
     try:
-        return DogeConfig(**{**values, "eos_token_id": tuple(eos) if type(eos) is list else eos})
-    except (UnsupportedModelError, TypeError) as error:
+        return DogeConfig(**fields)
+    except UnsupportedModelError as error:
         raise ValueError(f"config: {error}") from error
+
+
+def _config_kinds() -> Kinds:
+    """The JSON types of each field of `DogeConfig`."""
+    json_types = {float: (float, int), tuple[int, ...]: (list,), RouterMode: (str,)}
+    kinds = {}
+    for name, hint in get_type_hints(DogeConfig).items():
+        choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds[name] = tuple(
+            kind for choice in choices for kind in json_types.get(choice, (choice,))
+        )
+    return kinds
 
 
 def sha256_of(path: Path) -> str:
@@ -220,8 +266,8 @@ def _not_a_bundle(path: Path) -> str:
     aside = path.with_name(f"{path.name}.old") if path.name else None
     if not path.exists() and aside is not None and (aside / MANIFEST_NAME).is_file():
         return (
-            f"bundle {path} does not exist, but {aside} does: a build was interrupted. Start it "
-            f"again, or rename {aside} to {path}"
+            f"bundle {path} does not exist, but {aside} does, which a build that was killed may "
+            f"have left: start the build again, or rename {aside} to {path}"
         )
     if not path.exists():
         return f"bundle {path} does not exist; {_BUILD_HINT}"
@@ -230,11 +276,19 @@ def _not_a_bundle(path: Path) -> str:
     return f"{path} is no bundle: it has no {MANIFEST_NAME}; {_BUILD_HINT}"
 
 
-def _how_to_add(backend: str, name: str | None) -> str:
-    """The start of the command that adds a model for `backend`."""
-    command = "Add it with: python export/build_engine.py"
-    if backend in {"onnxruntime", "cpu"}:
-        return f"{command} --cpu {name or 'fp32'}"
+def _flags_for(backend: str, name: str | None) -> dict[str, str]:
+    """The flags that ask a build for a model of `backend` alone.
+
+    An engine's name is its precision and, behind it, its targets: fp16-sm89-sm86.
+    """
     if backend == "torch":
-        return f"{command} (without --no-checkpoint)"
-    return f"{command} --backend {backend}" + (f" --precision {name}" if name else "")
+        return {"--backend": "none"}
+    if backend == "onnxruntime":
+        return {"--backend": "none", "--cpu": name or "fp32"}
+    flags = {"--backend": backend}
+    precision, *targets = (name or "").split("-")
+    if precision:
+        flags["--precision"] = precision
+    if targets:
+        flags["--target"] = ",".join(targets)
+    return flags

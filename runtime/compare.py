@@ -51,19 +51,20 @@ def run(args: argparse.Namespace) -> int:
     variants = [b.variant(*name) for b, name in zip((bundle, other), names, strict=True)]
     atol, rtol = max(TOLERANCES[variant.precision] for variant in variants)
     prompts = list(_prompts(args, bundle))
-    backends = [
+    reference, candidate = (
         open_backend(variant.backend, b, variant=variant.name)
         for b, variant in zip((bundle, other), variants, strict=True)
-    ]
+    )
     report = compare_backends(
-        *backends,
+        reference,
+        candidate,
         prompts,
         args.steps,
         atol=atol if args.atol is None else args.atol,
         rtol=rtol if args.rtol is None else args.rtol,
     )
-    for backend in backends:
-        backend.close()
+    reference.close()
+    candidate.close()
     if args.json:
         print_json(report.as_dict())
     else:

@@ -126,12 +126,12 @@ class Manifest:
     def to_json(self) -> str:
         """The text of `manifest.json`: equal manifests give equal text.
 
+        It is ASCII: the name of a folder need not be valid UTF-8.
+
         Raises:
             ValueError: a number among the details or checks is not finite.
         """
-        text = json.dumps(
-            self.as_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
-        )
+        text = json.dumps(self.as_dict(), indent=2, sort_keys=True, allow_nan=False)
         return text + "\n"
 
     @classmethod

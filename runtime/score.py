@@ -75,7 +75,8 @@ def _read_ids(path: Path) -> Ids:
         raise ValueError(
             f"{path} holds {ids.dtype} {list(ids.shape)}, expected int64 [B, S] with S of 2 or more"
         )
-    return ids.astype(np.int64)
+    result: Ids = ids.astype(np.int64)
+    return result
 
 
 def _score_ids(backend: Backend, ids: Ids | None, args: argparse.Namespace) -> Score:

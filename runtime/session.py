@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from runtime import philox
 from runtime.backends.base import Backend, Ids, Logits
+from runtime.philox import uniform_numbers
 from runtime.sampling import Sampler, SamplingParams, make_sampler, top_logprobs
 from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
@@ -188,7 +188,7 @@ class _Batch:
         active = np.ones(rows, bool)
         forbidden = tuple(sorted(self._stop_ids))
         for count in itertools.count():
-            uniform = philox.uniform(params.seed, self._indices, np.full(rows, count))
+            uniform = uniform_numbers(params.seed, self._indices, np.full(rows, count))
             tokens = sampler(
                 logits, history, uniform, forbidden if count < params.min_tokens else ()
             )

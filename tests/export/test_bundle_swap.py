@@ -45,12 +45,24 @@ def killed_builder(output: Path, code: str) -> Iterator[subprocess.Popen[str]]:
 def test_somebodys_own_files_in_a_bundle_survive_the_next_build(tmp_path):
     output = build(tmp_path / "tiny", b"old").path
     (output / "notes.txt").write_text("mine")
+    (output / "prompts").symlink_to(tmp_path)
     (output / "runs" / "monday").mkdir(parents=True)
     (output / "runs" / "monday" / "logits.npy").write_text("mine too")
     build(output, b"new")
     assert weights_of(output) == b"new"
     assert (output / "notes.txt").read_text() == "mine"
     assert (output / "runs/monday/logits.npy").read_text() == "mine too"
+    assert (output / "prompts").is_symlink()
+    assert (tmp_path / "tiny").is_dir()
+
+
+def test_a_bundle_put_aside_by_hand_as_old_is_neither_restored_nor_replaced(tmp_path):
+    build(tmp_path / "tiny", b"backup").path.rename(tmp_path / "tiny.old")
+    for action in (build, recover):
+        with pytest.raises(BundleWriteError, match=r"tiny.old is needed .* give it another name"):
+            action(tmp_path / "tiny")
+    assert names_in(tmp_path) == ["tiny.old"]
+    assert weights_of(tmp_path / "tiny.old") == b"backup"
 
 
 @pytest.mark.parametrize("suffix", ["old", "building"])
@@ -59,7 +71,9 @@ def test_a_folder_of_somebody_with_the_name_of_a_side_folder_is_left_alone(tmp_p
     (tmp_path / f"tiny.{suffix}").mkdir()
     (tmp_path / f"tiny.{suffix}" / "thesis.txt").write_text("mine")
     for action in (build, recover):
-        with pytest.raises(BundleWriteError, match=rf"tiny.{suffix} is needed .* move it away"):
+        with pytest.raises(
+            BundleWriteError, match=rf"tiny.{suffix} is needed .* give it another name"
+        ):
             action(tmp_path / "tiny")
     assert (tmp_path / f"tiny.{suffix}" / "thesis.txt").read_text() == "mine"
     assert weights_of(tmp_path / "tiny") == b"old"
@@ -102,6 +116,31 @@ def test_an_old_bundle_that_cannot_be_deleted_is_told_and_deleted_by_the_next_bu
     assert names_in(tmp_path) == ["tiny"]
 
 
+def test_a_system_that_cannot_lock_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(BundleWriteError, match="cannot lock files"):
+        build(tmp_path / "tiny")
+    assert names_in(tmp_path) == []
+
+
+def test_a_work_folder_that_cannot_be_removed_does_not_hide_what_ended_the_build(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(folder):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    with (
+        pytest.raises(RuntimeError, match="export failed"),
+        monkeypatch.context() as patch,
+        BundleWriter(tmp_path / "tiny"),
+    ):
+        patch.setattr(bundle_swap, "_empty", refuse)
+        raise RuntimeError("export failed")
+    assert "tiny.building could not be removed" in caplog.text
+    build(tmp_path / "tiny")
+    assert names_in(tmp_path) == ["tiny"]
+
+
 def test_a_second_builder_of_the_same_bundle_is_refused_until_the_first_ends(tmp_path):
     output = build(tmp_path / "tiny", b"old").path
     with BundleWriter(output):
@@ -126,8 +165,14 @@ def test_a_builder_in_another_process_holds_the_lock_until_it_is_killed(tmp_path
     assert weights_of(output) == b"old"
 
 
-def build_until_killed(output: Path, content: bytes, events: int) -> bool:
-    """Build in a child that is killed at its file operation number `events`; whether it was."""
+KILLED, INTERRUPTED = -signal.SIGKILL, 130
+
+
+def build_until(ending: int, output: Path, content: bytes, events: int) -> bool:
+    """Build in a child that is ended at its file operation number `events`; whether it was.
+
+    Interrupted, it gets to tidy up as after Ctrl+C.
+    """
     child = os.fork()
     if child == 0:
         seen = 0
@@ -137,6 +182,8 @@ def build_until_killed(output: Path, content: bytes, events: int) -> bool:
             nonlocal seen
             if event.startswith(changes) and str(output) in repr(arguments):
                 seen += 1
+                if seen == events and ending == INTERRUPTED:
+                    raise KeyboardInterrupt
                 if seen == events:
                     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -144,13 +191,33 @@ def build_until_killed(output: Path, content: bytes, events: int) -> bool:
             sys.addaudithook(count)
             build(output, content)
             os._exit(0)
+        except KeyboardInterrupt:
+            os._exit(INTERRUPTED)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    found = os.waitstatus_to_exitcode(status)
+    assert found in {0, ending}
+    return found == ending
+
+
+def test_interrupted_at_any_moment_a_whole_bundle_is_there_before_any_recovery(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bundle_swap, "sync_tree", lambda folder: None)  # changes nothing, but slow
+    seen = set()
+    events, running = 0, True
+    while running:
+        events += 1
+        output = build(tmp_path / str(events) / "tiny", b"old").path
+        running = build_until(INTERRUPTED, output, b"new", events)
+        found = weights_of(output)
+        recover(output)
+        assert weights_of(output) == found
+        assert names_in(output.parent) == ["tiny"]
+        seen.add(found)
+    assert events > 30
+    assert seen == {b"old", b"new"}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["nothing before", "a bundle before"])
@@ -166,7 +233,7 @@ def test_killed_at_any_moment_the_old_or_the_new_bundle_is_there_after_recovery(
         if not first:
             build(output, b"old")
             (output / "notes.txt").write_text("mine")
-        running = build_until_killed(output, b"new", events)
+        running = build_until(KILLED, output, b"new", events)
         moved_aside = not output.exists() and output.with_name("tiny.old").exists()
         recover(output)
         if output.exists():
@@ -188,7 +255,11 @@ def test_killed_at_any_moment_the_old_or_the_new_bundle_is_there_after_recovery(
 
 def test_the_next_build_recovers_by_itself_from_one_killed_between_the_two_moves(tmp_path, caplog):
     output = build(tmp_path / "tiny", b"old").path
-    with killed_builder(output, "writer.output.rename(writer.output.with_name('tiny.old'))"):
+    code = (
+        "(writer.folder / 'manifest.json').touch(); "
+        "writer.output.rename(writer.output.with_name('tiny.old'))"
+    )
+    with killed_builder(output, code):
         pass
     assert names_in(tmp_path) == ["tiny.building", "tiny.old"]
     with BundleWriter(output) as writer:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
+import onnx_ir as ir
 import pytest
 
 from export import bundle_writer
@@ -156,13 +158,38 @@ def add_variant(output: Path) -> Bundle:
         return writer.publish(fake_manifest())
 
 
-def test_adopted_files_are_links_and_keep_their_hashes(tmp_path):
+def test_adopted_files_keep_their_hashes_and_are_links_but_for_onnx_models(tmp_path):
     old = build(tmp_path / "tiny")
-    inode = old.file("model.onnx").stat().st_ino
+    inodes = {path: old.file(path).stat().st_ino for path in FILES}
     new = add_variant(tmp_path / "tiny")
-    assert new.file("model.onnx").stat().st_ino == inode
+    linked = {path for path in FILES if new.file(path).stat().st_ino == inodes[path]}
+    assert linked == {
+        path for path, (role, _) in FILES.items() if role in {"checkpoint", "tokenizer"}
+    }
     assert new.altered_files() == ()
     assert new.executable_file(new.variant("tensorrt_rtx")).read_bytes() == b"new machine code"
+
+
+def test_adopted_weights_can_be_read_by_onnx_while_the_previous_bundle_is_there(tmp_path):
+    build(tmp_path / "tiny")
+    values = numpy.arange(100, dtype=numpy.float32)
+    with BundleWriter(tmp_path / "tiny") as writer:
+        tensor = ir.Value(name="w", const_value=ir.tensor(values, name="w"))
+        graph = ir.Graph([], [], nodes=[], initializers=[tensor], opset_imports={"": 24})
+        path = writer.path_for("model.onnx")
+        weights = writer.path_for("model.onnx.data")
+        ir.save(ir.Model(graph, ir_version=10), path, external_data=weights.name)
+        for role, name in (("onnx", path.name), ("weights", weights.name)):
+            writer.add_file(role, name)
+        assert writer.previous is not None
+        writer.adopt(writer.previous)
+        writer.publish(fake_manifest())
+    with BundleWriter(tmp_path / "tiny") as writer:
+        assert writer.previous is not None
+        writer.adopt(writer.previous)
+        initializer = ir.load(writer.folder / "model.onnx").graph.initializers["w"]
+        assert initializer.const_value is not None
+        numpy.testing.assert_array_equal(initializer.const_value.numpy(), values)
 
 
 def test_a_file_damaged_since_the_last_build_does_not_pass_for_a_good_one_when_adopted(tmp_path):
@@ -185,13 +212,15 @@ def test_writing_a_file_anew_after_adopting_it_leaves_the_previous_bundle_alone(
 
 def test_a_broken_bundle_is_replaced_with_one_warning(tmp_path, caplog):
     output = build(tmp_path / "tiny").path
-    (output / "manifest.json").write_text((output / "manifest.json").read_text()[:100])
+    (output / "manifest.json").write_text((output / "manifest.json").read_text()[:-20])
+    (output / "notes.txt").write_text("mine")
     with BundleWriter(output) as writer:
         assert writer.previous is None
     assert len(caplog.messages) == 1
     assert "will be replaced" in caplog.messages[0]
     build(output, b"new")
     assert weights_of(output) == b"new"
+    assert (output / "notes.txt").read_text() == "mine"
     assert names_in(tmp_path) == ["tiny"]
 
 
@@ -213,16 +242,19 @@ def test_a_parent_that_is_a_file_is_refused(tmp_path):
     ("name", "text", "message"),
     [
         ("thesis.txt", "mine", "no bundle and is not replaced"),
-        ("manifest.json", json.dumps({"name": "a browser extension"}), "of something else"),
-        ("manifest.json", "name: x", "of something else"),
+        ("manifest.json", json.dumps({"name": "a browser extension"}), "cannot be told"),
+        ("manifest.json", json.dumps({"format_version": 2, "header": {}}), "cannot be told"),
+        ("manifest.json", "name: x", "cannot be told"),
     ],
 )
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, name, text, message):
     (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "model.onnx").write_text("mine too")
     (tmp_path / "work" / name).write_text(text)
     with pytest.raises(BundleWriteError, match=message):
         build(tmp_path / "work")
     assert (tmp_path / "work" / name).read_text() == text
+    assert (tmp_path / "work" / "model.onnx").read_text() == "mine too"
     assert names_in(tmp_path) == ["work"]
 
 

@@ -76,7 +76,9 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path):
 
 def test_a_bundle_that_an_interrupted_build_left_aside_is_pointed_out(folder):
     folder.rename(folder.with_name("bundle.old"))
-    with pytest.raises(FileNotFoundError, match=r"bundle.old does: a build was interrupted"):
+    with pytest.raises(
+        FileNotFoundError, match=r"bundle.old does, .*: start the build again, or rename"
+    ):
         Bundle.open(folder)
 
 
@@ -108,7 +110,16 @@ def test_a_manifest_that_is_no_text_is_refused(folder):
         (lambda data: data["config"].update(head_dim=7), "head_dim must be even"),
         (
             lambda data: data["config"].update(vocab_size="many"),
-            "vocab_size must be a whole number",
+            "config.vocab_size is text, expected a whole number",
+        ),
+        (lambda data: data["config"].update(is_moe=0), "is_moe is a whole number, expected true"),
+        (lambda data: data["config"].update(rope_theta=None), "rope_theta is null, expected a num"),
+        (lambda data: data["config"].update(bos_token_id="1"), "bos_token_id is text, expected a"),
+        (lambda data: data["config"].update(eos_token_id=[1, "2"]), "expected whole numbers"),
+        (lambda data: data["config"].update(router_mode="both"), "must be one of mixed, per_token"),
+        (
+            lambda data: data["files"][4].update(path="tokenizer/" + "a" * 300),
+            "cannot be found: .*too long",
         ),
         (lambda data: data["config"].update(vocab_size=33), "step contract differs"),
         (lambda data: data["contract"]["inputs"].pop(), "step contract differs"),
@@ -212,12 +223,27 @@ def test_the_first_variant_of_a_backend_is_its_default(folder):
     assert bundle.variants("tensorrt") == ()
 
 
+def test_a_precision_chooses_the_first_variant_that_has_it_after_one_of_that_name(folder):
+    def rename(data):
+        first = data["variants"][1]
+        first["name"] = "fp16-sm89"
+        data["variants"] += [first | {"name": "fp16-sm120"}, first | {"name": "fast"}]
+
+    change_manifest(folder, rename)
+    bundle = Bundle.open(folder)
+    assert bundle.variant("tensorrt_rtx", "fp16").name == "fp16-sm89"
+    assert bundle.variant("tensorrt_rtx", "fp16-sm120").name == "fp16-sm120"
+    change_manifest(folder, lambda data: data["variants"][4].update(name="fp16"))
+    assert Bundle.open(folder).variant("tensorrt_rtx", "fp16").name == "fp16"
+
+
 @pytest.mark.parametrize(
     ("backend", "name", "hint"),
     [
-        ("onnxruntime", "int4", "--cpu int4 --output"),
+        ("onnxruntime", "int4", "--backend none --cpu int4 --output"),
         ("tensorrt", None, "--backend tensorrt --output"),
         ("tensorrt_rtx", "bf16", "--backend tensorrt_rtx --precision bf16 --output"),
+        ("tensorrt_rtx", "bf16-sm86-sm89", "--precision bf16 --target sm86,sm89 --output"),
         ("torch", "bf16", "without --no-checkpoint"),
     ],
 )
@@ -228,6 +254,25 @@ def test_a_model_the_bundle_lacks_is_answered_with_those_it_has_and_how_to_add(
         Bundle.open(folder).variant(backend, name)
     assert "it has onnxruntime:fp32, tensorrt_rtx:fp16, torch:fp32" in str(error.value)
     assert hint in str(error.value)
+
+
+def test_the_command_that_adds_a_model_names_the_source_and_limits_that_keep_the_others(tmp_path):
+    config = dataclasses.replace(
+        CONFIG, is_moe=True, num_experts=16, num_experts_per_tok=2, router_mode="per_token"
+    )
+    manifest = fake_manifest(config)
+    folder = write_fake_bundle(tmp_path / "my bundle", manifest)
+    with pytest.raises(ValueError, match="has no model") as error:
+        Bundle.open(folder).variant("tensorrt")
+    assert str(error.value).endswith(
+        "Add it with: python export/build_engine.py --model DIR --router per_token "
+        "--max-batch-size 2 --max-input-len 32 --max-seq-len 64 --backend tensorrt "
+        f"--output '{folder}' (DIR: the folder of the checkpoint tiny)"
+    )
+    source = dataclasses.replace(manifest.source, kind="random", name="doge-20m")
+    write_fake_bundle(folder, dataclasses.replace(manifest, source=source))
+    with pytest.raises(ValueError, match=r"build_engine.py --random-weights doge-20m --router"):
+        Bundle.open(folder).variant("tensorrt")
 
 
 def test_a_file_the_manifest_does_not_list_is_ignored_and_never_handed_out(folder):

@@ -38,6 +38,13 @@ def test_equal_manifests_give_equal_text_whatever_the_order_of_their_keys():
     assert manifest.to_json().endswith("}\n")
 
 
+def test_a_name_that_is_no_valid_utf8_survives():
+    manifest = complete_manifest()
+    odd = dataclasses.replace(manifest.source, name="d\udcf6ge-日本")
+    manifest = dataclasses.replace(manifest, source=odd)
+    assert Manifest.from_json(manifest.to_json().encode("utf-8").decode()) == manifest
+
+
 def test_a_number_that_json_does_not_know_is_refused_when_written():
     broken = dataclasses.replace(complete_manifest(), checks={"quality": {"perplexity": math.nan}})
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -1,0 +1,36 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_doge import MOE, write_checkpoint
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """Gives the folder of a case: a checkpoint, and in golden.npz what published code computes."""
+
+    def folder(case: str) -> Path:
+        found = GOLDEN / case
+        assert (found / "golden.npz").is_file(), f"no golden case {case}"
+        return found
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense checkpoint with random weights; not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny_dense"))
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts with random weights, routed as published; not to be changed."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny_moe"), seed=1, **MOE)
