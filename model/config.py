@@ -108,6 +108,26 @@ _REQUIRED_KEYS = (
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
+# Fields that are whole numbers, and the least that each may be.
+_WHOLE_NUMBERS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "max_position_embeddings": 1,
+    "keep_window_size": 1,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class UnsupportedModelError(Exception):
     """The checkpoint is not one that this project runs; the message says what was seen."""
 
@@ -148,25 +168,27 @@ class DogeConfig:
             raise UnsupportedModelError("invalid Doge config: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
-        problems = []
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "keep_window_size",
-        ):
+        problems = [
+            f"{name} must be a whole number of at least {least}, got {value!r}"
+            for name, least in _WHOLE_NUMBERS.items()
+            if not _is_whole(value := getattr(self, name)) or value < least
+        ]
+        problems += [
+            f"{name} must be true or false, got {value!r}"
+            for name in ("tie_word_embeddings", "is_moe", "norm_topk_prob")
+            if not isinstance(value := getattr(self, name), bool)
+        ]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                problems.append(f"{name} must be a whole number of at least 1, got {value!r}")
+            several = isinstance(value, tuple) and name == "eos_token_id"
+            if value is not None and not all(map(_is_whole, value if several else (value,))):
+                problems.append(f"{name} must be a token id, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 problems.append(f"{name} must be a number above 0, got {value!r}")
+            elif not math.isfinite(value):
+                problems.append(f"{name} must be finite, got {value!r}")
         if self.router_mode not in get_args(RouterMode):
             problems.append(
                 f"doge_router_mode must be one of {', '.join(get_args(RouterMode))}, "
@@ -268,8 +290,10 @@ class DogeConfig:
         }
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
-        if isinstance(heads, int) and heads > 0 and isinstance(values["hidden_size"], int):
+        if _is_whole(heads) and heads > 0 and _is_whole(values["hidden_size"]):
             values.setdefault("head_dim", values["hidden_size"] // heads)
+        # Whatever keeps the head size from being known is reported with everything else.
+        values.setdefault("head_dim", 2)
         values.setdefault("max_position_embeddings", 2048)
         values.setdefault("keep_window_size", 2048)
         values.setdefault("tie_word_embeddings", False)
@@ -280,7 +304,7 @@ class DogeConfig:
             values["num_experts"] = values["num_experts_per_tok"] = 0
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
-        values["router_mode"] = data.get("doge_router_mode", "mixed")
+        values["router_mode"] = data.get("doge_router_mode") or "mixed"
         values |= _read_rope(data, values["max_position_embeddings"])
         known = {field.name for field in dataclasses.fields(cls)} - {"router_mode"}
         known |= {*_FIXED_VALUES, *_ROPE_KEYS, *_IRRELEVANT_KEYS, "doge_router_mode"}
@@ -297,9 +321,17 @@ def _read_rope(data: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
     scaling equals plain RoPE up to its original length; beyond that the published code depends on
     what ran before, so the length ends there.
     """
-    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = data.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise UnsupportedModelError(
+                f"unsupported config.json: {key} must be an object, got {value!r}"
+            )
+        rope |= value
     kind = rope.get("rope_type", rope.get("type", "default"))
-    values = {"rope_theta": rope.get("rope_theta", data.get("rope_theta", 10000.0))}
+    theta = rope.get("rope_theta", data.get("rope_theta"))
+    values: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     if kind == "default":
         return values
     if kind != "dynamic":
@@ -307,6 +339,14 @@ def _read_rope(data: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
             f"unsupported config.json: rope type is {kind!r}, supported: 'default', 'dynamic' (up "
             "to its original length)"
         )
-    original = rope.get("original_max_position_embeddings", max_positions)
-    values["max_position_embeddings"] = min(original, max_positions)
+    original = rope.get("original_max_position_embeddings")
+    if original is None:
+        return values
+    if not _is_whole(original):
+        raise UnsupportedModelError(
+            "unsupported config.json: original_max_position_embeddings must be a whole number, "
+            f"got {original!r}"
+        )
+    if _is_whole(max_positions):
+        values["max_position_embeddings"] = min(original, max_positions)
     return values

@@ -142,10 +142,10 @@ def layer_taps(config: DogeConfig) -> Sequence[str]:
     for index in range(config.num_hidden_layers):
         names = [
             "attention_norm",
-            "query",
-            "key",
             "value",
             "score",
+            "query",
+            "key",
             "attention_output",
             "attention_residual",
             "mlp_norm",

@@ -15,6 +15,16 @@ from runtime.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
+# What a template's expressions raise besides jinja2's own errors: "a" + 1, 1 / 0, a huge range.
+_TEMPLATE_FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class Conversation:
     """The turns so far and the prompt that they make."""
@@ -46,9 +56,11 @@ class Conversation:
                 "this checkpoint has no chat template, so --chat has nothing to go by; use --prompt"
             )
         text = render_chat(tokenizer.chat_template, self.messages, tokenizer.special_tokens)
-        bos = tokenizer.special_tokens.get("bos_token")
-        has_bos = bos is not None and text.startswith(bos)
-        return tokenizer.encode(text, add_special_tokens=not has_bos)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        bos = tokenizer.bos_token_id
+        if bos is not None and tokenizer.prepends_bos and ids[:1] != [bos]:
+            return [bos, *ids]
+        return ids
 
     def _add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -60,6 +72,7 @@ def render_chat(
     special_tokens: Mapping[str, str],
     *,
     add_generation_prompt: bool = True,
+    **extra: object,
 ) -> str:
     """Render a chat template as transformers does.
 
@@ -71,6 +84,7 @@ def render_chat(
         messages: objects with `role` and `content`.
         special_tokens: `bos_token` and the like.
         add_generation_prompt: end with the beginning of the model's turn.
+        extra: more variables that the template knows, over the others where they are named alike.
 
     Raises:
         ValueError: the template has an error, refuses these messages, or leaves the sandbox.
@@ -83,11 +97,14 @@ def render_chat(
     environment.globals["strftime_now"] = _now
     try:
         return environment.from_string(template).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            {
+                **special_tokens,
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": add_generation_prompt,
+                **extra,
+            }
         )
-    except (TemplateError, TypeError, OverflowError) as error:
+    except (TemplateError, *_TEMPLATE_FAULTS) as error:
         raise ValueError(f"the chat template cannot be rendered: {error}") from error
 
 

@@ -249,7 +249,8 @@ def apply_count_penalties(
     """Take the presence penalty once and the frequency penalty per occurrence, [B, V]."""
     frequency = np.float32(frequency_penalty) * counts.astype(np.float32)
     presence = np.float32(presence_penalty) * (counts > 0).astype(np.float32)
-    return logits - frequency - presence
+    result: Logits = logits - frequency - presence
+    return result
 
 
 def eligible(logits: Logits, params: SamplingParams) -> tuple[Ids, Probabilities]:
@@ -329,4 +330,5 @@ def _softmax(values: Logits) -> Probabilities:
 
 
 def _renormalized(weights: Probabilities) -> Probabilities:
-    return weights / weights.sum()
+    normalized: Probabilities = weights / weights.sum()
+    return normalized

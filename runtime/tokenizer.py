@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+# Keys of generation_config.json: the name in `SamplingParams` and what JSON may hold there.
+_SAMPLING_KEYS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "temperature": ("temperature", (int, float)),
+    "top_k": ("top_k", (int,)),
+    "top_p": ("top_p", (int, float)),
+    "min_p": ("min_p", (int, float)),
+    "repetition_penalty": ("repetition_penalty", (int, float)),
+    "max_new_tokens": ("max_tokens", (int,)),
+    "min_new_tokens": ("min_tokens", (int,)),
+}
 
 
 class Tokenizer:
@@ -29,12 +48,18 @@ class Tokenizer:
         chat_template: str | None,
         generation_config: Mapping[str, Any],
     ) -> None:
+        # A text is one sequence of its own length, whatever the checkpoint was trained with.
+        library.no_padding()
+        library.no_truncation()
         self.library = library
         self.special_tokens = special_tokens
         self.chat_template = chat_template
         self.bos_token_id = self._id_of("bos_token")
         eos = generation_config.get("eos_token_id", self._id_of("eos_token"))
         self.eos_token_ids = _as_ids(eos)
+        added = library.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._bytes = _byte_tokens(library)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -70,9 +95,25 @@ class Tokenizer:
         """Ids of a text; with `add_special_tokens` what the tokenizer puts around it."""
         return self.library.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        return self.library.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids, special tokens left out unless asked for; unknown ids give nothing."""
+        return self.library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether an id gives no text: a special token, or one that the tokenizer does not know.
+
+        A model's vocabulary may be padded beyond its tokenizer's.
+        """
+        return token_id in self._special_ids or self.library.id_to_token(token_id) is None
+
+    def byte_of(self, token_id: int) -> int | None:
+        """The byte that a byte-fallback token stands for, None for every other token."""
+        return self._bytes.get(token_id)
+
+    @cached_property
+    def prepends_bos(self) -> bool:
+        """Whether a plain text's ids begin with begin-of-text."""
+        return self.bos_token_id is not None and self.encode("")[:1] == [self.bos_token_id]
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -85,16 +126,35 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     `do_sample: false`, transformers' word for greedy, becomes temperature 0.
 
     Raises:
-        ValueError: the file is not JSON.
+        FileNotFoundError: the checkpoint has no such file.
+        ValueError: the file is not JSON, or a value is not a number.
     """
-    config = _read_json(folder / "generation_config.json")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    values = {name: config[name] for name in names if config.get(name) is not None}
-    if config.get("max_new_tokens") is not None:
-        values["max_tokens"] = config["max_new_tokens"]
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no generation_config.json; leave out --generation-config"
+        )
+    config = _read_json(file)
+    given = {key: config[key] for key in _SAMPLING_KEYS if config.get(key) is not None}
+    wrong = [
+        f"{key} must be {'a whole number' if kinds == (int,) else 'a number'}, got {given[key]!r}"
+        for key, (_, kinds) in _SAMPLING_KEYS.items()
+        if key in given and type(given[key]) not in kinds
+    ]
+    if wrong:
+        raise ValueError(f"{file}: {'; '.join(wrong)}")
+    values = {_SAMPLING_KEYS[key][0]: value for key, value in given.items()}
     if config.get("do_sample") is False:
         values["temperature"] = 0.0
     return values
+
+
+def _byte_tokens(library: tokenizers.Tokenizer) -> dict[int, int]:
+    """Byte-fallback tokens, id to byte; empty where the decoder shows them as they are spelled."""
+    ids = {library.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+    found = {i: byte for i, byte in ids.items() if i is not None}
+    first = next((i for i, byte in found.items() if byte == ord("A")), None)
+    return found if first is not None and library.decode([first]) == "A" else {}
 
 
 def _as_ids(value: object) -> tuple[int, ...]:
@@ -133,6 +193,7 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {entry.get("name"): entry.get("template") for entry in entries}
         template = named.get("default")
     return template if isinstance(template, str) else None

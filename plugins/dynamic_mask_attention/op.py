@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plugins.autograd import wants_gradient
+
 
 def keep_largest_scores(score: Tensor, visible: Tensor, keep_window_size: int) -> Tensor:
     """Which visible keys are among the `keep_window_size` best of each query.
@@ -127,7 +129,7 @@ def dynamic_mask_attention(
     directly; the selection itself has no gradient.
     """
     arguments = (query, key, value, score, write_index, scale, keep_window_size)
-    if torch.is_grad_enabled() and query.requires_grad:
+    if wants_gradient(query, key, value, score):
         return dynamic_mask_attention_definition(*arguments)
     attended: Tensor = _dynamic_mask_attention(*arguments)
     return attended

@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plugins.autograd import wants_gradient
+
 
 def pick_experts(scores_x: Tensor, scores_y: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The K best grid points of each token and head.
@@ -131,7 +133,7 @@ def expert_gather(
     Arguments and result as in `expert_gather_definition`.
     """
     arguments = (hidden, scores_x, scores_y, down, up, top_k, weight_inside, normalize)
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    if wants_gradient(hidden, scores_x, scores_y, down, up):
         return expert_gather_definition(*arguments)
     result: Tensor = _expert_gather(*arguments)
     return result

@@ -191,6 +191,7 @@ class Backend(ABC):
         Raises:
             ValueError: ids outside the vocabulary or an active row that is full.
         """
+        self._check_rows("ids", input_ids, cache)
         taking_part = np.ones(cache.batch_size, bool) if active is None else active
         self._check_ids(input_ids[taking_part])
         full = np.flatnonzero(taking_part & (cache.lengths >= cache.capacity))
@@ -198,7 +199,7 @@ class Backend(ABC):
             raise ValueError(
                 f"row {full[0]} already holds {cache.capacity} tokens, the limit of this cache"
             )
-        np.minimum(cache.lengths, cache.capacity - 1, out=cache.lengths)
+        self._cut(cache, np.minimum(cache.lengths, cache.capacity - 1))
         tokens = np.where(taking_part, input_ids, 0)[:, None]
         index = np.zeros((cache.batch_size, 1), np.int64)
         logits = self._step(tokens, cache.lengths, index, cache, None)[:, 0]
@@ -212,6 +213,7 @@ class Backend(ABC):
             ValueError: a row is shorter than asked for or, with `mixed`, the cut falls into its
                 prompt.
         """
+        self._check_rows("lengths", lengths, cache)
         if ((lengths < 0) | (lengths > cache.lengths)).any():
             raise ValueError(
                 f"cannot rewind rows of {cache.lengths.tolist()} tokens to {lengths.tolist()}"
@@ -222,8 +224,15 @@ class Backend(ABC):
                 "cannot rewind into a prompt with the router mode `mixed`, which routes a "
                 "prompt as a whole; build with --router per_token"
             )
+        self._cut(cache, lengths)
+
+    def _cut(self, cache: Cache, lengths: Ids) -> None:
         cache.lengths[:] = lengths
         np.minimum(cache.prompt_lengths, lengths, out=cache.prompt_lengths)
+
+    def _check_rows(self, what: str, array: Ids, cache: Cache) -> None:
+        if len(array) != cache.batch_size:
+            raise ValueError(f"{len(array)} {what} for a cache of {cache.batch_size} rows")
 
     def _check_ids(self, input_ids: Ids) -> None:
         outside = input_ids[(input_ids < 0) | (input_ids >= self.vocab_size)]
@@ -239,8 +248,8 @@ class Backend(ABC):
         each runs alone, so that no surplus token is written past the end of a cache.
         """
         B, S = input_ids.shape
-        if cache.batch_size != B:
-            raise ValueError(f"{B} rows of ids for a cache of {cache.batch_size} rows")
+        self._check_rows("rows of ids", input_ids, cache)
+        self._check_rows("lengths", lengths, cache)
         if ((lengths < 1) | (lengths > S)).any():
             raise ValueError(f"lengths must be between 1 and {S}, got {lengths.tolist()}")
         real = np.arange(S) < lengths[:, None]
