@@ -157,7 +157,7 @@ def _print_estimate(
 
 
 def _print_result(result: BuildResult) -> None:
-    print(f"bundle {result.bundle.path}")
+    print(f"bundle {result.output}")
     for file in result.bundle.manifest.files:
         print(f"  {file.bytes:>13,}  {file.path}")
     if result.engine is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from model.contract import StepContract, TensorSpec
@@ -15,7 +17,7 @@ from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER
 from runtime.backends.base import Backend, Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
-from runtime.comparison import TOLERANCES, compare_backends, random_prompts
+from runtime.comparison import TOLERANCES, compare_backends
 
 CHECK_STEPS = 6
 CHECK_PROMPT_LENGTHS = (1, 13)
@@ -84,23 +86,38 @@ def check_numbers(
         vocab_size=config.vocab_size,
         router_mode=router_mode,
     )
-    longest = min(limits.max_input_len, limits.max_seq_len - CHECK_STEPS)
-    lengths = [min(length, longest) for length in CHECK_PROMPT_LENGTHS if longest > 0]
-    if not lengths:
-        lengths = [1]
-    prompts = [
-        prompt
-        for seed, length in enumerate(lengths)
-        for prompt in random_prompts(config.vocab_size, 1, length, seed)
-    ]
-    steps = min(CHECK_STEPS, limits.max_seq_len - max(lengths))
     atol, rtol = TOLERANCES["fp32"]
-    report = compare_backends(reference, candidate, prompts, steps, atol=atol, rtol=rtol)
+    reports = [
+        compare_backends(reference, candidate, [prompt], steps, atol=atol, rtol=rtol)
+        for prompt, steps in _check_runs(network, limits)
+    ]
     candidate.close()
-    if report.verdict == "fail":
-        raise ExportCheckError(f"ONNX Runtime and PyTorch disagree: {report.reason}")
-    result = report.as_dict()
-    return {"passed": True, "steps": result["steps"], **result["logits"]}
+    failed = [report.reason for report in reports if report.verdict == "fail"]
+    if failed:
+        raise ExportCheckError(f"ONNX Runtime and PyTorch disagree: {'; '.join(failed)}")
+    worst = max(reports, key=lambda report: report.max_abs)
+    positions = sum(report.positions for report in reports)
+    return {"passed": True, "positions": positions, **worst.as_dict()["logits"]}
+
+
+def _check_runs(network: DogeForCausalLM, limits: Limits) -> Iterator[tuple[list[int], int]]:
+    """Prompts of distinct ids, and how many greedy decode steps follow each.
+
+    A repeated token has the same mask score as its first occurrence, up to the rounding of a matrix
+    product, which may differ from row to row and from library to library. Beyond the keep window
+    such a near tie keeps another key, and logits part by more than rounding. So decode steps, whose
+    greedy tokens may repeat, stay within the window; what is beyond it is checked in one pass.
+    """
+    window, context = network.config.keep_window_size, limits.max_seq_len
+    generator = np.random.default_rng(0)
+    longest = min(limits.max_input_len, context, network.config.vocab_size)
+    lengths = [min(length, longest) for length in CHECK_PROMPT_LENGTHS]
+    if window < longest:
+        lengths.append(min(window + 8, longest))
+    for length in lengths:
+        ids = generator.permutation(network.config.vocab_size)[:length]
+        steps = max(0, min(CHECK_STEPS, min(window, context) - length))
+        yield [int(i) for i in ids], steps
 
 
 def _opset_problems(exported: onnx.ModelProto) -> list[str]:

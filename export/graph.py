@@ -8,6 +8,7 @@ the exporting machine is removed.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ def _trace(network: DogeForCausalLM, contract: StepContract, slots: int) -> ir.M
     )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch's own exporter
+        # It warns that torchvision is missing, which nothing here needs.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             _Step(network).eval(),
             arguments,

@@ -15,7 +15,14 @@ import onnx_ir as ir
 
 from export.bundle_writer import BundleWriter, same_source
 from export.checks import check_numbers, check_structure
-from export.engine import DTYPES, EngineConfig, EngineReport, build_engine, check_builder
+from export.engine import (
+    DTYPES,
+    PRECISIONS,
+    EngineConfig,
+    EngineReport,
+    build_engine,
+    check_builder,
+)
 from export.graph import MODEL_NAME, export_onnx
 from export.lowerings.half_precision import HalfType, lower_to_half
 from export.progress import BuildProgress
@@ -72,12 +79,14 @@ class BuildResult:
     """What a build gave; `as_dict` is the JSON of the command.
 
     Attributes:
+        output: the bundle's folder, as it was asked for.
         bundle: the finished bundle.
         timings: seconds by stage.
         engine: the engine's part of the report, None when none was built.
         warnings: what the user should know.
     """
 
+    output: Path
     bundle: Bundle
     timings: dict[str, float]
     engine: dict[str, Any] | None
@@ -86,7 +95,7 @@ class BuildResult:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return {
-            "bundle": str(self.bundle.path),
+            "bundle": str(self.output),
             "files": [asdict(file) for file in self.bundle.manifest.files],
             "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -123,7 +132,11 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
             build.copy_checkpoint()
             bundle = writer.publish(build.manifest())
     return BuildResult(
-        bundle=bundle, timings=progress.timings, engine=engine, warnings=build.warnings
+        output=request.output,
+        bundle=bundle,
+        timings=progress.timings,
+        engine=engine,
+        warnings=build.warnings,
     )
 
 
@@ -233,7 +246,8 @@ class _Build:
             precision=config.precision,
             details=details,
         )
-        self._variants.insert(0, variant)
+        self._variants.append(variant)
+        self._variants.sort(key=_preference)
         keys = ("targets", "layers", "plugin_layers", "fused_attention")
         return {
             "backend": config.backend,
@@ -284,6 +298,12 @@ class _Build:
     def _warn(self, message: str) -> None:
         logger.warning("%s", message)
         self.warnings.append(message)
+
+
+def _preference(variant: Variant) -> int:
+    """fp16 before bf16 before fp32 engines: the first of a backend's variants is its default."""
+    order = [*PRECISIONS]
+    return order.index(variant.precision) if variant.precision in order else len(order)
 
 
 def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:

@@ -21,6 +21,7 @@ class BuildProgress:
 
     def __init__(self, *, quiet: bool) -> None:
         self.timings: dict[str, float] = {}
+        self._quiet = quiet
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             SpinnerColumn(),
@@ -48,7 +49,9 @@ class BuildProgress:
         finally:
             self.timings[name] = time.perf_counter() - begin
             self._progress.remove_task(task)
-            self._progress.console.print(f"{name}: {self.timings[name]:.1f} s", highlight=False)
+            if not self._quiet:
+                seconds = f"{self.timings[name]:.1f} s"
+                self._progress.console.print(f"{name}: {seconds}", highlight=False)
 
     def start(self, phase: str, steps: int) -> None:
         """Begin a phase of the engine builder."""

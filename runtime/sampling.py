@@ -86,7 +86,10 @@ class SamplingParams:
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             "seed": (0 <= self.seed < 2**64, "between 0 and 2^64 - 1"),
-            "stop": (all(self.stop), "without empty strings"),
+            "stop": (
+                isinstance(self.stop, tuple) and all(self.stop),
+                "a tuple without empty strings",
+            ),
             "stop_token_ids": (all(i >= 0 for i in self.stop_token_ids), "ids of at least 0"),
             "logit_bias": (
                 all(i >= 0 and math.isfinite(b) for i, b in self.logit_bias.items()),
@@ -310,7 +313,7 @@ def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tu
         first.
     """
     logprobs = log_probabilities(logits)
-    best = _order(logits, count)[:count]
+    best = _order(logits, count) if count else np.empty(0, np.int64)
     return float(logprobs[token]), [(int(i), float(logprobs[i])) for i in best]
 
 
@@ -321,7 +324,19 @@ def _order(values: Logits, count: int) -> Ids:
         candidates = np.flatnonzero(values >= threshold)
         order = candidates[np.argsort(-values[candidates], kind="stable")]
         return order[:count].astype(np.int64)
-    return np.argsort(-values, kind="stable")
+    return _order_all(values)
+
+
+def _order_all(values: Logits) -> Ids:
+    """A stable argsort of the negated values; over a vocabulary, several times faster than numpy's.
+
+    One whole number holds a value and its id: the bits of a float32 sort like the value when read
+    as a whole number, those of a negative one the other way round.
+    """
+    bits = (values + np.float32(0)).view(np.uint32)  # adding 0 turns -0 into 0
+    descending = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF)).astype(np.uint64)
+    keys = np.sort(descending << np.uint64(32) | np.arange(values.size, dtype=np.uint64))
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _softmax(values: Logits) -> Probabilities:

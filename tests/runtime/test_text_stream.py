@@ -54,7 +54,11 @@ def metaspace() -> Tokenizer:
     return Tokenizer(library, {}, None, {})
 
 
-TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback(), "metaspace": metaspace()}
+TOKENIZERS = {
+    "byte_level": byte_level(),
+    "byte_fallback": byte_fallback(),
+    "metaspace": metaspace(),
+}
 each_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=list(TOKENIZERS))
 
 
@@ -185,6 +189,15 @@ def test_newline_as_a_byte_token_stops_at_once():
     assert stream.push(newline) == ""
     assert stream.stopped
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("last", ["<0xFF>", "▁cat"])
+def test_dropped_space_at_the_beginning_makes_no_stop_string(last):
+    tokenizer = TOKENIZERS["byte_fallback"]
+    ids = [tokenizer.library.token_to_id(token) for token in ("<0x20>", "<0x61>", last)]
+    stream, pieces, _ = streamed(tokenizer, ids, (" a",))
+    assert not stream.stopped
+    assert "".join(pieces) == stream.text == tokenizer.decode(ids)
 
 
 def test_nothing_follows_a_stop_string():

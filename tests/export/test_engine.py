@@ -1,0 +1,97 @@
+"""Engine settings, profiles, and real engine builds for a GPU that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from export.engine import EngineBuildError, EngineConfig, build_engine, check_builder
+from export.estimate import estimate
+from export.graph import export_onnx
+from export.lowerings.half_precision import lower_to_half
+from export.profiles import step_profiles
+from export.progress import BuildProgress
+from model.checkpoint import load_checkpoint
+from model.contract import step_contract
+from model.released import RELEASED_SHAPES
+from runtime.backends.base import BackendUnavailableError, Limits
+from runtime.tensorrt_module import load_tensorrt
+
+
+def test_all_problems_of_a_config_are_named_at_once():
+    with pytest.raises(ValueError, match="invalid EngineConfig") as caught:
+        EngineConfig(
+            targets=("4090", "sm89", "sm89"), max_batch_size=0, max_input_len=9, max_seq_len=8
+        )
+    for part in ("'4090'", "must differ", "max_batch_size", "must cover max_input_len"):
+        assert part in str(caught.value)
+
+
+def test_unknown_target_is_refused_before_any_work():
+    config = EngineConfig(targets=("sm90",), max_input_len=8, max_seq_len=8)
+    with pytest.raises(EngineBuildError, match="does not build for sm90; it builds for"):
+        check_builder(config)
+
+
+def test_standard_tensorrt_says_what_to_install():
+    with pytest.raises(BackendUnavailableError, match=r"doge-tensorrt\[tensorrt\]"):
+        load_tensorrt("tensorrt")
+
+
+def test_profiles_cover_decode_and_prefill():
+    decode, prefill = step_profiles(Limits(max_batch_size=4, max_input_len=64, max_seq_len=128))
+    assert (decode.sizes["S"].min, decode.sizes["S"].max) == (1, 1)
+    assert (prefill.sizes["S"].min, prefill.sizes["S"].max) == (1, 64)
+    assert decode.sizes["B"].max == prefill.sizes["B"].max == 4
+
+
+@pytest.mark.parametrize("name", RELEASED_SHAPES)
+def test_released_shapes_have_the_published_parameter_counts(name):
+    shape = RELEASED_SHAPES[name]
+    engine = EngineConfig(max_input_len=2048, max_seq_len=2048)
+    found = estimate(shape.config, shape.generation, engine)
+    assert found.parameters == shape.parameters
+    assert found.read_bytes_per_token <= found.engine_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["tiny_dense", "tiny_moe"])
+def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path):
+    network = load_checkpoint(request.getfixturevalue(kind))
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[precision]
+    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    if dtype != "float32":
+        path = _lowered(path, dtype)
+    contract = step_contract(network.config, network.generation, max_seq_len=64, cache_dtype=dtype)
+    config = EngineConfig(precision=precision, max_input_len=64, max_seq_len=64)
+    built = build_engine(path, config, contract, BuildProgress(quiet=True))
+    layers = network.config.num_hidden_layers
+    assert built.blob[:4] in {b"vtrt", b"trtv"}  # the magic of an engine file, either way round
+    assert built.report.attention == layers
+    assert built.report.cache_updates == 3 * layers
+    assert built.report.plugin_layers == 0
+
+
+@pytest.mark.slow
+def test_model_that_breaks_the_contract_builds_no_engine(tiny_dense, tmp_path):
+    network = load_checkpoint(tiny_dense)
+    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    model = ir.load(path)
+    model.graph.outputs[0].name = "scores"
+    broken = tmp_path / "broken.onnx"
+    ir.save(model, broken, external_data="broken.onnx.data")
+    contract = step_contract(network.config, network.generation, max_seq_len=64)
+    config = EngineConfig(precision="fp32", max_input_len=64, max_seq_len=64)
+    with pytest.raises(EngineBuildError, match="scores"):
+        build_engine(broken, config, contract, BuildProgress(quiet=True))
+
+
+def _lowered(path: Path, dtype: str) -> Path:
+    model = ir.load(path)
+    lower_to_half(model, dtype)
+    lowered = path.with_name(f"{dtype}.onnx")
+    ir.save(model, lowered, external_data=f"{lowered.name}.data")
+    return lowered
