@@ -42,6 +42,11 @@ class Divergence:
     reference_margin: float
     candidate_margin: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form; a margin that is no finite number becomes null."""
+        margins = {name: getattr(self, name) for name in ("reference_margin", "candidate_margin")}
+        return asdict(self) | {name: _json_number(margin) for name, margin in margins.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonReport:
@@ -90,7 +95,7 @@ class ComparisonReport:
                 "top1_agreement": self.top1_agreement,
             },
             "first_divergence": (
-                None if self.first_divergence is None else asdict(self.first_divergence)
+                None if self.first_divergence is None else self.first_divergence.as_dict()
             ),
             "verdict": self.verdict,
             "reason": self.reason,
@@ -156,7 +161,8 @@ def _run_prompt(
 def _report(
     expected: Logits, actual: Logits, names: list[str], steps: int, atol: float, rtol: float
 ) -> ComparisonReport:
-    difference = np.abs(actual.astype(np.float64) - expected)
+    with np.errstate(invalid="ignore"):  # infinite logits are reported below
+        difference = np.abs(actual.astype(np.float64) - expected)
     limit = atol + rtol * np.abs(expected).max(-1, keepdims=True)
     finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
     within = finite and bool((difference <= limit).all())
@@ -165,9 +171,10 @@ def _report(
     if not finite:
         where = [n for n, x in zip(names, (expected, actual), strict=True) if not _finite(x)]
         reason = f"logits that are not finite numbers from {' and '.join(where)}"
-        difference = np.nan_to_num(difference, nan=np.inf)
+        difference = np.where(np.isnan(difference), np.inf, difference)
     else:
-        worst = float((difference / limit).max())
+        beyond = np.where(difference > 0, np.inf, 0.0)  # of a tolerance of zero
+        worst = float(np.divide(difference, limit, out=beyond, where=limit > 0).max())
         reason = (
             f"largest difference is {worst:.3g} of the tolerance "
             f"(atol {atol:g}, rtol {rtol:g} of the row's largest logit)"

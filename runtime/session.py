@@ -200,6 +200,7 @@ class _Batch:
                 return
             history.append(tokens, active)
             logits = backend.decode(tokens, cache, active)
+            logits[~active] = 0  # rows that have ended hold anything, also what is no number
 
     def _event(self, row: int, token: int, count: int, logits: Logits) -> GenerationEvent:
         """The event of a row's token number `count`, which may be its last."""

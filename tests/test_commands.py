@@ -475,7 +475,7 @@ def test_a_stop_id_and_end_of_text_end_the_sequence(
     whole = generated(*flags, "--ignore-eos")[0]
     assert whole["finish_reason"] == "length"
     stop = whole["ids"][4]
-    assert 0 < whole["ids"].index(stop)
+    assert whole["ids"].index(stop) > 0
     ended = generated(*flags, "--ignore-eos", "--stop-token-ids", stop)[0]
     assert ended["finish_reason"] == "stop"
     assert ended["ids"] == whole["ids"][: whole["ids"].index(stop) + 1]
