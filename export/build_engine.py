@@ -26,7 +26,7 @@ ERRORS = (
     BundleWriteError,
     EngineBuildError,
     ExportCheckError,
-    FileNotFoundError,
+    OSError,
     UnsupportedModelError,
     ValueError,
 )

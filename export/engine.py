@@ -23,8 +23,6 @@ from runtime.tensorrt_module import PRODUCTS, Product, load_tensorrt
 Precision = Literal["fp16", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DTYPES: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-# TensorRT's TopK refuses a larger k (kernel limit of both products).
-MAX_TOP_K = 3840
 
 
 class EngineBuildError(Exception):

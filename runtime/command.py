@@ -61,15 +61,15 @@ def run_command(
         return run(namespace)
     except UsageError as error:
         return _report(parser.prog, "usage", str(error), as_json, USAGE)
-    except errors as error:
-        return _report(parser.prog, type(error).__name__, str(error), as_json, FAILURE)
-    except KeyboardInterrupt:
-        return _report(parser.prog, "interrupted", "interrupted", as_json, INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has left (`| head`). Nothing more can be told to it; closing
         # stderr keeps the interpreter from complaining about stdout at exit.
         sys.stderr.close()
         return FAILURE
+    except errors as error:
+        return _report(parser.prog, type(error).__name__, str(error), as_json, FAILURE)
+    except KeyboardInterrupt:
+        return _report(parser.prog, "interrupted", "interrupted", as_json, INTERRUPTED)
 
 
 def print_json(result: dict[str, Any]) -> None:

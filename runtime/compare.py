@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from model.config import UnsupportedModelError
 from runtime.backends import BACKENDS, open_backend
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
@@ -14,7 +15,7 @@ from runtime.command import NEGATIVE, SUCCESS, CommandParser, print_json, run_co
 from runtime.comparison import TOLERANCES, ComparisonReport, compare_backends, random_prompts
 from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids
 
-ERRORS = (BackendUnavailableError, FileNotFoundError, UnicodeDecodeError, ValueError)
+ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 # The default prompts: seeded random ids.
 PROMPTS, PROMPT_LENGTH, PROMPT_SEED = 4, 16, 0
 

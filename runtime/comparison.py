@@ -131,6 +131,15 @@ def compare_backends(
         raise ValueError(
             f"vocabularies differ: {reference.vocab_size} and {candidate.vocab_size} tokens"
         )
+    for name, tolerance in (("atol", atol), ("rtol", rtol)):
+        if not 0 <= tolerance < np.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {tolerance}")
+    for prompt in prompts:
+        outside = [i for i in prompt if not 0 <= i < reference.vocab_size]
+        if outside:
+            raise ValueError(
+                f"token id {outside[0]} is outside the vocabulary of {reference.vocab_size} tokens"
+            )
     if steps < 0 or not prompts:
         raise ValueError(f"give at least one prompt and 0 or more steps, got {steps} steps")
     pairs = [_run_prompt(reference, candidate, prompt, steps) for prompt in prompts]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from model.config import UnsupportedModelError
 from runtime.backends import open_backend
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
@@ -34,7 +35,7 @@ from runtime.sampling import SamplingParams
 from runtime.session import CONTEXT_POLICIES, GenerationEvent, GenerationSession, TokenLogprobs
 from runtime.tokenizer import Tokenizer, read_generation_config
 
-ERRORS = (BackendUnavailableError, FileNotFoundError, UnicodeDecodeError, ValueError)
+ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 _DEFAULTS = SamplingParams()
 
 

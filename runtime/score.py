@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.config import UnsupportedModelError
 from runtime.backends import open_backend
 from runtime.backends.base import Backend, BackendUnavailableError, Ids
 from runtime.bundle import Bundle
@@ -16,7 +17,7 @@ from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_
 from runtime.options import add_bundle_flags, need_tokenizer, open_tokenizer
 from runtime.scoring import SCORE_MODES, Score, score_logits, score_windows, split_windows
 
-ERRORS = (BackendUnavailableError, FileNotFoundError, OSError, ValueError)
+ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 
 
 def make_parser() -> CommandParser:
@@ -70,8 +71,14 @@ def _text_windows(args: argparse.Namespace, bundle: Bundle) -> list[list[int]]:
 
 
 def _read_ids(path: Path) -> Ids:
-    ids = np.load(path, allow_pickle=False)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or ids.shape[1] < 2:
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no .npy file of int64 [B, S]") from error
+    if not isinstance(ids, np.ndarray):
+        raise ValueError(f"{path} holds several arrays, expected one of int64 [B, S]")
+    is_table = ids.ndim == 2 and ids.shape[0] >= 1 and ids.shape[1] >= 2
+    if not is_table or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"{path} holds {ids.dtype} {list(ids.shape)}, expected int64 [B, S] with S of 2 or more"
         )

@@ -93,6 +93,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with `add_special_tokens` what the tokenizer puts around it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text is not valid UTF-8") from error
         return self.library.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

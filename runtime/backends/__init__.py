@@ -44,19 +44,25 @@ def open_backend(
     if name is not None:
         return _backend_class(name).open(bundle, bundle.variant(name, variant), threads)
     reasons = []
+    missing: ValueError | None = None
     for candidate in BACKENDS:
         if not bundle.variants(candidate):
             continue
         try:
-            backend = _backend_class(candidate).open(
-                bundle, bundle.variant(candidate, variant), threads
-            )
+            chosen = bundle.variant(candidate, variant)
+        except ValueError as error:
+            missing = error
+            continue
+        try:
+            backend = _backend_class(candidate).open(bundle, chosen, threads)
         except BackendUnavailableError as error:
             reasons.append(f"{candidate}: {error}")
             continue
         because = f" ({'; '.join(reasons)})" if reasons else ""
         logger.info("backend %s, variant %s%s", candidate, backend.variant, because)
         return backend
+    if missing is not None and not reasons:
+        raise missing
     raise BackendUnavailableError(
         "no backend can run this bundle here: " + ("; ".join(reasons) or "it holds no model")
     )

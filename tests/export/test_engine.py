@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
@@ -95,3 +99,33 @@ def _lowered(path: Path, dtype: str) -> Path:
     lowered = path.with_name(f"{dtype}.onnx")
     ir.save(model, lowered, external_data=f"{lowered.name}.data")
     return lowered
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_the_build_stops_it(tiny_dense, tmp_path):
+    network = load_checkpoint(tiny_dense)
+    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    contract = step_contract(network.config, network.generation, max_seq_len=64)
+    config = EngineConfig(precision="fp32", max_input_len=64, max_seq_len=64)
+
+    class Interrupting(BuildProgress):
+        def start(self, phase: str, steps: int) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(path, config, contract, Interrupting(quiet=True))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_read_only_installation_gets_the_link_to_make(tmp_path, monkeypatch):
+    (tmp_path / "libtensorrt_rtx.so.1").write_bytes(b"")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+    def refuse(self: Path, target: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(BackendUnavailableError, match=r"Read-only.*ln -s libtensorrt_rtx\.so\.1"):
+        load_tensorrt("tensorrt_rtx")
