@@ -20,6 +20,15 @@ class UsageError(Exception):
     """The command line asks for something that makes no sense together."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults, except None, whose meaning each flag's help says in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser with the flags that all commands have."""
 
@@ -27,7 +36,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         self.add_argument("--json", action="store_true", help="print one JSON object to stdout")
         volume = self.add_mutually_exclusive_group()

@@ -172,7 +172,7 @@ def _report(
 ) -> ComparisonReport:
     with np.errstate(invalid="ignore"):  # infinite logits are reported below
         difference = np.abs(actual.astype(np.float64) - expected)
-    limit = atol + rtol * np.abs(expected).max(-1, keepdims=True)
+        limit = atol + rtol * np.abs(expected).max(-1, keepdims=True)
     finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
     within = finite and bool((difference <= limit).all())
     same = expected.argmax(-1) == actual.argmax(-1)

@@ -261,3 +261,26 @@ def test_random_prompts_follow_from_the_seed() -> None:
     assert all(type(i) is int and 0 <= i < 50 for prompt in prompts for i in prompt)
     assert prompts == random_prompts(50, 3, 7, seed=1)
     assert prompts != random_prompts(50, 3, 7, seed=2)
+
+
+@pytest.mark.parametrize("tolerance", [{"atol": math.nan}, {"rtol": -1.0}, {"atol": math.inf}])
+def test_tolerance_that_is_no_tolerance_is_an_error(tolerance: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be a finite number of at least 0"):
+        compare({}, **tolerance)
+
+
+def test_id_outside_the_vocabulary_is_an_error_however_large() -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        compare({}, prompts=((1, 2**70),))
+
+
+def test_equal_logits_pass_a_tolerance_of_zero_with_a_number_in_the_reason() -> None:
+    report = compare({}, atol=0.0, rtol=0.0)
+    assert report.verdict == "pass"
+    assert "nan" not in report.reason
+
+
+def test_report_with_infinite_logits_is_valid_json() -> None:
+    report = compare({(1, 1): one(5, math.inf)}, atol=1e9)
+    assert report.as_dict()["logits"]["max_abs"] is None
+    json.dumps(report.as_dict(), allow_nan=False)

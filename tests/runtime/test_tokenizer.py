@@ -246,3 +246,8 @@ def test_every_sampling_value_of_another_type_is_named(tmp_path: Path) -> None:
     assert "temperature must be a number, got 'hot'" in str(caught.value)
     assert "top_k must be a whole number, got 2.5" in str(caught.value)
     assert "top_p must be a number, got True" in str(caught.value)
+
+
+def test_text_that_is_not_unicode_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not valid UTF-8"):
+        opened(tmp_path, {}).encode("a\udcffb")
