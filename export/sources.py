@@ -73,7 +73,8 @@ def checkpoint_folder(model_argument: str | None) -> Path:
     folder = Path(model_argument)
     if not folder.exists() and _HUB_ID.fullmatch(model_argument):
         raise FileNotFoundError(
-            f"there is no folder {model_argument}; if it is a hub id: --model takes folders only so far; "
+            f"there is no folder {model_argument}; if it is a hub id, --model takes folders only "
+            "so far: "
             "download the repository's safetensors, config.json and tokenizer files and name "
             "their folder"
         )
