@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     request = BuildRequest(
         folder=folder,
         random_shape=args.random_weights,
-        model_argument=args.model,
         output=output,
         engine=None if args.backend == "none" else engine,
         limits=engine.limits,

@@ -30,7 +30,6 @@ from plugins.onnx_function import OPSET
 from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER
 
 MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
 _NETWORK_PREFIX = "network."
 
 

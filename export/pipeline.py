@@ -54,7 +54,6 @@ class BuildRequest:
     Attributes:
         folder: the checkpoint, or None for random weights.
         random_shape: name of a released shape for random weights, or None.
-        model_argument: what the user called the checkpoint.
         output: folder of the bundle.
         engine: the engine to build, None for none.
         limits: limits of every model in the bundle.
@@ -65,7 +64,6 @@ class BuildRequest:
 
     folder: Path | None
     random_shape: str | None
-    model_argument: str | None
     output: Path
     engine: EngineConfig | None
     limits: Limits
@@ -122,7 +120,7 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
     with BundleWriter(request.output, checkpoint=request.folder) as writer, progress.shown():
         with progress.stage("read checkpoint"):
             checkpoint = _checkpoint(request, writer)
-            source = describe_source(checkpoint, request.model_argument, request.random_shape)
+            source = describe_source(checkpoint, request.random_shape)
         build = _Build(request, checkpoint, source, writer, progress)
         kept = build.adopt_previous()
         if not kept:

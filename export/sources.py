@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import model
-from model.checkpoint import CheckpointHeader, inspect_checkpoint
+from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointHeader, inspect_checkpoint
 from model.config import DogeConfig
 from model.generations import Generation
 from model.random_weights import write_random_checkpoint
@@ -51,9 +51,8 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Config, weight files, and the index where there are several."""
         names = {"config.json", *(file.name for file in self.header.files)}
-        index = self.folder / "model.safetensors.index.json"
-        if len(self.header.files) > 1 or index.name in names:
-            names.add(index.name)
+        if WEIGHTS_NAME not in names:  # shards, even a single one, are found through the index
+            names.add(INDEX_NAME)
         return [self.folder / name for name in sorted(names)]
 
     @property
@@ -110,9 +109,7 @@ def write_random(folder: Path, name: str, router_mode: str | None) -> Checkpoint
     return read_checkpoint(folder, router_mode)
 
 
-def describe_source(
-    checkpoint: Checkpoint, model_argument: str | None, shape: str | None
-) -> Source:
+def describe_source(checkpoint: Checkpoint, shape: str | None) -> Source:
     """What the manifest says of a checkpoint's origin; hashes its weights.
 
     A folder is named by its last part alone: a bundle travels, paths of the machine do not.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from safetensors import SafetensorError, safe_open
 from model.config import DogeConfig, UnsupportedModelError
 from model.doge import DogeForCausalLM
 from model.generations import GENERATIONS, Generation, detect_generation
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
