@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from model.contract import StepContract, TensorSpec
 from model.doge import DogeForCausalLM
 from plugins.custom_op import DOMAIN
 from plugins.onnx_function import OPSET
-from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER
+from plugins.registry import OPS
 from runtime.backends.base import Backend, Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
@@ -47,15 +48,9 @@ def check_structure(path: Path, contract: StepContract, network: DogeForCausalLM
         *_tensor_problems("output", contract.outputs, list(exported.graph.output)),
         *_parameter_problems(exported, network),
     ]
-    counts = {
-        op.name: sum(n.domain == DOMAIN and n.op_type == op.name for n in exported.graph.node)
-        for op in (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER)
-    }
-    layers = network.config.num_hidden_layers
-    expected = {
-        DYNAMIC_MASK_ATTENTION.name: layers,
-        EXPERT_GATHER.name: layers if network.config.is_moe else 0,
-    }
+    found = Counter(n.op_type for n in exported.graph.node if n.domain == DOMAIN)
+    wanted = Counter(op for m in network.modules() for op in getattr(m, "custom_ops", ()))
+    counts, expected = ({op.name: ops[op.name] for op in OPS} for ops in (found, wanted))
     if counts != expected:
         problems.append(f"{DOMAIN} nodes are {counts}, expected {expected}")
     if problems:
@@ -150,6 +145,6 @@ def _parameter_problems(exported: onnx.ModelProto, network: DogeForCausalLM) -> 
     found = {tensor.name: tuple(tensor.dims) for tensor in exported.graph.initializer}
     return [
         f"parameter {name} is {found.get(name)}, expected {tuple(parameter.shape)}"
-        for name, parameter in network.named_parameters()
+        for name, parameter in network.published_parameters().items()
         if found.get(name) != tuple(parameter.shape)
     ]

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from plugins.custom_op import DOMAIN
 from plugins.dynamic_mask_attention.function import FloatType
-from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, OPS
+from plugins.registry import DYNAMIC_MASK_ATTENTION, OPS, VALUE_GATHER
 
 
 def doge_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -60,6 +60,12 @@ def _body_settings(node: ir.Node) -> dict[str, int | float]:
             "query_heads": _fixed_size(node, "query", 1),
             "score_heads": _fixed_size(node, "score", 1),
         }
+    if node.op_type == VALUE_GATHER.name:
+        return {
+            "top_k": node.attributes["top_k"].as_int(),
+            "subset_sums": bool(node.attributes["subset_sums"].as_int()),
+            "num_rows": _fixed_size(node, "scores", 2),
+        }
     return {
         "top_k": node.attributes["top_k"].as_int(),
         "weight_inside": bool(node.attributes["weight_inside"].as_int()),
@@ -70,7 +76,7 @@ def _body_settings(node: ir.Node) -> dict[str, int | float]:
 
 
 def _fixed_size(node: ir.Node, name: str, axis: int) -> int:
-    op = DYNAMIC_MASK_ATTENTION if node.op_type == DYNAMIC_MASK_ATTENTION.name else EXPERT_GATHER
+    op = next(op for op in OPS if op.name == node.op_type)
     value = node.inputs[op.inputs.index(name)]
     size = None if value is None or value.shape is None else value.shape[axis]
     if not isinstance(size, int):

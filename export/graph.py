@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from export.functions import attach_functions
 from model.contract import StepContract, step_contract
-from model.doge import DogeForCausalLM, LayerCache
+from model.doge import DogeForCausalLM
+from model.generations import Generation
 from model.step_ops import export_tap
 from plugins.custom_op import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION, CustomOp
 from plugins.onnx_function import OPSET
-from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER
+from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, VALUE_GATHER
 
 MODEL_NAME = "model.onnx"
 _NETWORK_PREFIX = "network."
@@ -37,7 +38,7 @@ def export_onnx(network: DogeForCausalLM, path: Path, *, max_seq_len: int) -> Pa
     """Write the canonical model `path` and, beside it, its weights as external data.
 
     Args:
-        network: a float32 network on the CPU.
+        network: a float32 network on the CPU, as `rewrite_for_export` gives it.
         path: the `.onnx` file to write; `<path>.data` takes the weights.
         max_seq_len: C, slots of the cache, at most the network's positions.
 
@@ -52,6 +53,13 @@ def export_onnx(network: DogeForCausalLM, path: Path, *, max_seq_len: int) -> Pa
 
 def canonical_model(network: DogeForCausalLM, *, max_seq_len: int) -> ir.Model:
     """The canonical ONNX model in memory; see `export_onnx`."""
+    if network.generation.score_heads is None and any(
+        getattr(module, "mask_bias", 0) is None for module in network.modules()
+    ):
+        raise ValueError(
+            f"a network of generation {network.generation.name} is exported in the form that "
+            "model.seed_rewrites.rewrite_for_export gives it"
+        )
     contract = step_contract(network.config, network.generation, max_seq_len=max_seq_len)
     model = _trace(network, contract, max_seq_len)
     optimizer.optimize_ir(
@@ -60,7 +68,7 @@ def canonical_model(network: DogeForCausalLM, *, max_seq_len: int) -> ir.Model:
         should_fold=lambda node: False if node.op_type == "Transpose" else None,
     )
     _apply_taps(model.graph)
-    _restore_parameter_names(model.graph)
+    _restore_parameter_names(model.graph, network.generation)
     _forget_exporting_machine(model)
     attach_functions(model)
     return model
@@ -81,8 +89,8 @@ class _Step(nn.Module):
         logits_index: Tensor,
         past: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        fields = len(LayerCache._fields)
-        caches = [LayerCache(*past[i : i + fields]) for i in range(0, len(past), fields)]
+        kinds = len(past) // self.network.config.num_hidden_layers
+        caches = [tuple(past[i : i + kinds]) for i in range(0, len(past), kinds)]
         logits, presents = self.network(
             input_ids, position_ids, write_index, logits_index, caches, tap=export_tap
         )
@@ -150,6 +158,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         EXPERT_GATHER.name,
         _schema(EXPERT_GATHER, {"top_k": "INT", "weight_inside": "INT", "normalize": "INT"}),
     )
+    values = onnxscript.values.Op(
+        domain, VALUE_GATHER.name, _schema(VALUE_GATHER, {"top_k": "INT", "subset_sums": "INT"})
+    )
     tap = onnxscript.values.Op(domain, "Tap", _tap_schema())
 
     def attend(query, key, value, score, write_index, scale, keep_window_size):  # type: ignore[no-untyped-def]
@@ -177,6 +188,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             **plugin,
         )
 
+    def gather_values(scores, table, top_k, subset_sums):  # type: ignore[no-untyped-def]
+        return values(scores, table, top_k=top_k, subset_sums=int(subset_sums), **plugin)
+
     def scatter(past, update, write_index):  # type: ignore[no-untyped-def]
         return standard.TensorScatter(past, update, write_index, axis=2)
 
@@ -186,6 +200,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.doge.dynamic_mask_attention.default: attend,
         torch.ops.doge.expert_gather.default: gather,
+        torch.ops.doge.value_gather.default: gather_values,
         torch.ops.doge.tensor_scatter.default: scatter,
         torch.ops.doge.tap.default: mark,
     }
@@ -244,11 +259,11 @@ def _apply_taps(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _restore_parameter_names(graph: ir.Graph) -> None:
+def _restore_parameter_names(graph: ir.Graph, generation: Generation) -> None:
     """Name parameters as the checkpoint does, without the exporting wrapper's prefix."""
     for name in list(graph.initializers):
         value = graph.initializers.pop(name)
-        value.name = name.removeprefix(_NETWORK_PREFIX)
+        value.name = generation.published_name(name.removeprefix(_NETWORK_PREFIX))
         graph.register_initializer(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model.config import DogeConfig, UnsupportedModelError
+from model.config import DogeConfig, UnsupportedModelError, read_config_json
 from model.doge import DogeForCausalLM
 from model.generations import GENERATIONS, Generation, detect_generation
 
@@ -20,7 +20,6 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 # What a published checkpoint calls the tied head when it stores it all the same.
 _HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -57,7 +56,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: no folder, no config.json, no safetensors.
         UnsupportedModelError: an unreadable file, an unknown generation, or a tensor that is
-            missing, unexpected, misshapen or of an unsupported dtype.
+            missing, unexpected, misshapen, of an unsupported dtype, or that should change nothing
+            and does.
     """
     config, generation, header = inspect_checkpoint(path, router_mode)
     with torch.device("meta"):
@@ -65,12 +65,16 @@ def load_checkpoint(
     network.to_empty(device="cpu")
     network.to(dtype)
     network.reset_rotary()
-    parameters = dict(network.named_parameters())
+    parameters = network.published_parameters()
     with torch.no_grad():
         for file in header.files:
             with _open(file) as tensors:
                 for name in tensors.offset_keys():
-                    parameters[name].copy_(tensors.get_tensor(name))
+                    tensor = tensors.get_tensor(name)
+                    if name in parameters:
+                        parameters[name].copy_(tensor)
+                    else:
+                        _check_inert(generation, name, tensor)
     return network.requires_grad_(False).eval()
 
 
@@ -86,12 +90,13 @@ def inspect_checkpoint(
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"checkpoint {path} {kind}; expected a folder with config.json")
-    config = DogeConfig.from_pretrained(path)
+    config_json = read_config_json(path)
+    header = read_header(path)
+    generation = detect_generation(header.shapes, config_json, GENERATIONS)
+    config = generation.read_config(config_json)
     if router_mode is not None:
         config = config.with_router_mode(router_mode)
-    header = read_header(path)
-    generation = detect_generation(header.shapes, GENERATIONS)
-    _check_tensors(generation.tensor_shapes(config), header, config)
+    _check_tensors(generation, header, config)
     return config, generation, header
 
 
@@ -159,10 +164,21 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return files
 
 
-def _check_tensors(
-    expected: Mapping[str, tuple[int, ...]], header: CheckpointHeader, config: DogeConfig
-) -> None:
+def _check_inert(generation: Generation, name: str, tensor: torch.Tensor) -> None:
+    """A stored tensor that the network leaves out must be one that changes nothing."""
+    bound = generation.inert_bound(name)
+    least = tensor.min().item()
+    if bound is not None and not least >= bound:
+        raise UnsupportedModelError(
+            f"{name} goes down to {least:g}; generation {generation.name} is supported where it is "
+            f"{bound:g} or more, as its published checkpoints have it, so that the mask hides no "
+            "key (docs/reference.md)"
+        )
+
+
+def _check_tensors(generation: Generation, header: CheckpointHeader, config: DogeConfig) -> None:
     """Compare the checkpoint's tensors with those its config calls for; list every problem."""
+    expected = generation.tensor_shapes(config)
     problems = [
         f"missing {name} {list(shape)}"
         for name, shape in expected.items()
@@ -180,9 +196,35 @@ def _check_tensors(
         for name, dtype in header.dtypes.items()
         if dtype not in _FLOAT_DTYPES
     ]
+    if not problems:
+        return
+    shown = "; ".join(problems[:12])
+    more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+    hints = "".join(f" ({hint})" for hint in _hints(header, config, unexpected))
+    raise UnsupportedModelError(
+        f"the tensors of generation {generation.name} ({generation.title}) do not fit config.json: "
+        f"{shown}{more}{hints}"
+    )
+
+
+def _hints(
+    header: CheckpointHeader, config: DogeConfig, unexpected: Sequence[str]
+) -> Iterator[str]:
+    """What often explains tensors that do not fit."""
     if config.tie_word_embeddings and _HEAD in unexpected:
-        problems.append("(config.json has tie_word_embeddings true, yet the head is stored)")
-    if problems:
-        shown = "; ".join(problems[:12])
-        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise UnsupportedModelError(f"the tensors do not fit config.json: {shown}{more}")
+        yield "config.json has tie_word_embeddings true, yet the head is stored"
+    mask = header.shapes.get("model.layers.0.attn.dynamic_mask")
+    if mask is not None and len(mask) == 2 and mask[1] != config.max_position_embeddings:
+        yield (
+            f"the dynamic mask covers {mask[1]} keys and max_position_embeddings is "
+            f"{config.max_position_embeddings}; the mask's width is the longest context, so "
+            f"config.json must say {mask[1]}"
+        )
+    scores = header.shapes.get("model.layers.0.self_attn.A")
+    if scores == (config.num_attention_heads,) != (config.num_key_value_heads,):
+        norms = "model.layers.0.self_attn.q_norm.weight" in header.shapes
+        if norms:
+            yield (
+                "one score per query head belongs to g3 and g4h, norms of queries and keys to g4; "
+                "the two cannot be turned into each other"
+            )

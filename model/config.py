@@ -51,9 +51,6 @@ _IRRELEVANT_KEYS = frozenset(
         "no_repeat_ngram_size",
         "num_beam_groups",
         "num_beams",
-        "num_cdmmoe_experts",
-        "num_cdmmoe_experts_per_head",
-        "num_cdmmoe_heads",
         "num_cdmoe_experts",
         "num_cdmoe_experts_per_head",
         "num_cdmoe_heads",
@@ -106,6 +103,18 @@ _REQUIRED_KEYS = (
     "num_attention_heads",
 )
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+# What the seed generation alone has (the published spelling has the double m). Later configs carry
+# some of them as leftovers, which mean nothing there.
+SEED_FIELDS = (
+    "num_inner_values",
+    "num_inner_value_heads",
+    "num_value_per_head",
+    "inner_values_retrieval_size",
+    "num_cdmmoe_experts",
+    "num_cdmmoe_heads",
+    "num_cdmmoe_experts_per_head",
+    "private_expert_retrieval_size",
+)
 
 
 # Fields that are whole numbers, and the least that each may be.
@@ -121,6 +130,7 @@ _WHOLE_NUMBERS = {
     "keep_window_size": 1,
     "num_experts": 0,
     "num_experts_per_tok": 0,
+    **dict.fromkeys(SEED_FIELDS, 0),
 }
 
 
@@ -138,7 +148,9 @@ class DogeConfig:
 
     Field names are those of config.json. `max_position_embeddings` is the length up to which plain
     RoPE holds: for a checkpoint with scaled RoPE, its original length. `router_mode` is how the
-    experts' router is split (docs/reference.md).
+    experts' router is split (docs/reference.md). `is_moe` says that there are experts behind such
+    a router. The seed generation has other experts and numbers of its own (`SEED_FIELDS`), which
+    are all 0 elsewhere.
     """
 
     vocab_size: int
@@ -161,6 +173,14 @@ class DogeConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    num_inner_values: int = 0
+    num_inner_value_heads: int = 0
+    num_value_per_head: int = 0
+    inner_values_retrieval_size: int = 0
+    num_cdmmoe_experts: int = 0
+    num_cdmmoe_heads: int = 0
+    num_cdmmoe_experts_per_head: int = 0
+    private_expert_retrieval_size: int = 0
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -203,6 +223,8 @@ class DogeConfig:
             )
         if self.head_dim % 2:
             problems.append(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if self.is_seed:
+            problems += self._seed_problems()
         if self.is_moe:
             if self.num_keys < 1:
                 problems.append(f"num_experts must be at least 1, got {self.num_experts!r}")
@@ -213,10 +235,53 @@ class DogeConfig:
                 )
         return problems
 
+    def _seed_problems(self) -> list[str]:
+        problems = [
+            f"{name} must be at least 1 in the seed generation, got {getattr(self, name)}"
+            for name in SEED_FIELDS
+            if getattr(self, name) < 1
+        ]
+        if self.is_moe:
+            problems.append("is_moe belongs to later generations than the one with inner values")
+        if self.hidden_size != self.num_attention_heads * self.head_dim:
+            problems.append(
+                f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size "
+                f"({self.hidden_size})"
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            problems.append(
+                f"num_key_value_heads ({self.num_key_value_heads}) must equal num_attention_heads "
+                f"({self.num_attention_heads}) in the seed generation"
+            )
+        if problems:
+            return problems
+        if self.num_value_per_head > self.num_inner_values:
+            problems.append(
+                f"num_value_per_head must be at most num_inner_values ({self.num_inner_values}), "
+                f"got {self.num_value_per_head}"
+            )
+        if self.private_expert_retrieval_size % 2:
+            problems.append(
+                "private_expert_retrieval_size must be even, half for each axis of the expert "
+                f"grid, got {self.private_expert_retrieval_size}"
+            )
+        if self.num_cdmmoe_experts_per_head > self.num_keys**2:
+            problems.append(
+                f"num_cdmmoe_experts_per_head must be between 1 and {self.num_keys**2} (the "
+                f"reachable experts of {self.num_cdmmoe_experts}), got "
+                f"{self.num_cdmmoe_experts_per_head}"
+            )
+        return problems
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether these are the numbers of the seed generation (G1)."""
+        return any(getattr(self, name) for name in SEED_FIELDS)
+
     @property
     def num_keys(self) -> int:
-        """n, the keys per axis of the expert grid: the whole part of √num_experts."""
-        return math.isqrt(self.num_experts) if self.num_experts > 0 else 0
+        """n, the keys per axis of the expert grid: the whole part of √experts, 0 without any."""
+        return math.isqrt(max(self.num_experts, self.num_cdmmoe_experts, 0))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -236,39 +301,33 @@ class DogeConfig:
         return dataclasses.replace(self, router_mode=cast(RouterMode, router_mode))
 
     def as_dict(self) -> dict[str, Any]:
-        """Every field, as JSON-ready values."""
+        """Every field, as JSON-ready values; those of the seed generation only there."""
         values = dataclasses.asdict(self)
+        if not self.is_seed:
+            values = {name: value for name, value in values.items() if name not in SEED_FIELDS}
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
         return values
 
     @classmethod
-    def from_pretrained(cls, path: Path) -> DogeConfig:
-        """Read `config.json` in the checkpoint folder `path`.
+    def from_pretrained(cls, path: Path, *, seed: bool = False) -> DogeConfig:
+        """Read `config.json` in the checkpoint folder `path`; see `from_dict`.
 
         Raises:
             FileNotFoundError: there is no config.json.
             UnsupportedModelError: not JSON, another model type, or a value that is not supported.
         """
-        file = path / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{path} has no config.json; a checkpoint folder holds config.json and "
-                "model.safetensors"
-            )
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UnsupportedModelError(f"{file} is not JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise UnsupportedModelError(f"{file} must hold one JSON object")
-        return cls.from_dict(data)
+        return cls.from_dict(read_config_json(path), seed=seed)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DogeConfig:
+    def from_dict(cls, data: Mapping[str, Any], *, seed: bool = False) -> DogeConfig:
         """Read the published fields of `data`, as `config.json` spells them.
 
         Unknown keys are listed once, as a warning, and ignored.
+
+        Args:
+            data: the content of config.json.
+            seed: read `SEED_FIELDS`, which must be there; they are ignored otherwise.
 
         Raises:
             UnsupportedModelError: every problem at once.
@@ -279,14 +338,15 @@ class DogeConfig:
         for name, allowed in _FIXED_VALUES.items():
             if name in data and data[name] not in allowed:
                 problems.append(f"{name} is {data[name]!r}, supported: {allowed[0]!r}")
-        problems += [f"{name} is missing" for name in _REQUIRED_KEYS if data.get(name) is None]
+        required = (*_REQUIRED_KEYS, *SEED_FIELDS) if seed else _REQUIRED_KEYS
+        problems += [f"{name} is missing" for name in required if data.get(name) is None]
         if problems:
             raise UnsupportedModelError("unsupported config.json: " + "; ".join(problems))
 
         values: dict[str, Any] = {
             field.name: data[field.name]
             for field in dataclasses.fields(cls)
-            if data.get(field.name) is not None
+            if data.get(field.name) is not None and (seed or field.name not in SEED_FIELDS)
         }
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
@@ -295,7 +355,9 @@ class DogeConfig:
         # Whatever keeps the head size from being known is reported with everything else.
         values.setdefault("head_dim", 2)
         values.setdefault("max_position_embeddings", 2048)
-        values.setdefault("keep_window_size", 2048)
+        # The seed generation has no window; with one as long as the context nothing is dropped.
+        window = values["max_position_embeddings"] if seed else 2048
+        values.setdefault("keep_window_size", window)
         values.setdefault("tie_word_embeddings", False)
         if values.get("is_moe"):
             values.setdefault("num_experts", 16384)
@@ -312,6 +374,28 @@ class DogeConfig:
         if unknown:
             logger.warning("config.json: unknown keys ignored: %s", ", ".join(unknown))
         return cls(**values)
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The content of `config.json` in the checkpoint folder `path`.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        UnsupportedModelError: it is not one JSON object.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} has no config.json; a checkpoint folder holds config.json and "
+            "model.safetensors"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UnsupportedModelError(f"{file} must hold one JSON object")
+    return data
 
 
 def _read_rope(data: Mapping[str, Any], max_positions: int) -> dict[str, Any]:

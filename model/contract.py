@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from model.config import DogeConfig
 from model.generations.generation import Generation
 
-CACHE_KINDS = ("key", "value", "score")
+
+def cache_kinds(generation: Generation) -> tuple[str, ...]:
+    """What a layer keeps of every cached token, in the contract's order."""
+    return ("key", "value") if generation.score_heads is None else ("key", "value", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +106,17 @@ def step_contract(
         cache_dtype: dtype of cached keys and values.
         score_dtype: dtype of cached mask scores.
     """
-    keys = (config.num_key_value_heads, max_seq_len, config.head_dim)
-    scores = (generation.num_score_heads(config), max_seq_len, 1)
-    kinds = {
-        "key": (cache_dtype, keys),
-        "value": (cache_dtype, keys),
-        "score": (score_dtype, scores),
-    }
+    sizes = cache_sizes(config, generation, max_seq_len)
 
     def cache(prefix: str) -> tuple[TensorSpec, ...]:
         return tuple(
             TensorSpec(
-                name=f"{prefix}.{i}.{kind}", dtype=kinds[kind][0], shape=("B", *kinds[kind][1])
+                name=f"{prefix}.{i}.{kind}",
+                dtype=score_dtype if kind == "score" else cache_dtype,
+                shape=("B", *size),
             )
             for i in range(config.num_hidden_layers)
-            for kind in CACHE_KINDS
+            for kind, size in sizes.items()
         )
 
     return StepContract(
@@ -133,7 +132,16 @@ def step_contract(
     )
 
 
-def layer_taps(config: DogeConfig) -> Sequence[str]:
+def cache_sizes(
+    config: DogeConfig, generation: Generation, slots: int
+) -> dict[str, tuple[int, int, int]]:
+    """Heads, slots and numbers per slot of each kind of cache tensor of one sequence's layer."""
+    keys = (config.num_key_value_heads, slots, config.head_dim)
+    sizes = {"key": keys, "value": keys, "score": (generation.num_score_heads(config), slots, 1)}
+    return {kind: sizes[kind] for kind in cache_kinds(generation)}
+
+
+def layer_taps(config: DogeConfig, generation: Generation) -> Sequence[str]:
     """Names of the main-graph values that people compare, in graph order.
 
     `layers.{i}.output` is the residual stream after layer i.
@@ -143,14 +151,14 @@ def layer_taps(config: DogeConfig) -> Sequence[str]:
         names = [
             "attention_norm",
             "value",
-            "score",
+            *(["score"] if generation.score_heads else []),
             "query",
             "key",
             "attention_output",
             "attention_residual",
             "mlp_norm",
         ]
-        if config.is_moe:
+        if config.is_moe or generation.inner_function:
             names += ["router_scores", "expert_output"]
         names += ["mlp_output", "output"]
         taps += [f"layers.{index}.{name}" for name in names]

@@ -7,28 +7,29 @@ cache, and the hidden states that `logits_index` names become logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.config import DogeConfig
+from model.contract import cache_sizes
 from model.generations import Generation
 from model.layers import CrossDomainMoE, GatedMLP, RMSNorm, linear, rotary_tables
-from model.step_ops import Tap, append_to_cache, no_tap, rotary_embedding
+from model.seed import InnerFunctionAttention, SeedMoE
+from model.step_ops import LayerCache, Tap, append_layer, no_tap, rotary_embedding
 from plugins.dynamic_mask_attention.op import dynamic_mask_attention
 
 
-class LayerCache(NamedTuple):
-    """What one layer keeps of every cached token, C slots a sequence."""
-
-    key: Tensor  # [B, Nkv, C, D], rotated
-    value: Tensor  # [B, Nkv, C, D]
-    score: Tensor  # [B, N, C, 1], mask scores
-
-
 class DogeAttention(nn.Module):
-    """Grouped attention biased by a score of each cached key."""
+    """Grouped attention biased by a score of each cached key, where the generation has scores.
+
+    Attributes:
+        mask_bias: float32 [1, 1, slots, 1], the zero bias of a generation without scores, once it
+            has been made for an export.
+    """
+
+    custom_ops = ("DynamicMaskAttention",)
+    mask_bias: Tensor | None
 
     def __init__(self, config: DogeConfig, generation: Generation) -> None:
         super().__init__()
@@ -36,18 +37,26 @@ class DogeAttention(nn.Module):
         queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
         score_heads = generation.num_score_heads(config)
         self.head_dim = D
-        self.keep_window_size = config.keep_window_size
+        # Without scores there is nothing to select by.
+        self.keep_window_size = config.keep_window_size if score_heads else 0
         self.q_proj = linear(H, queries)
         self.k_proj = linear(H, keys)
         self.v_proj = linear(H, keys)
         self.o_proj = linear(queries, H)
-        self.A = nn.Parameter(torch.zeros(score_heads))
-        self.dt_proj = linear(keys, score_heads)
+        self.register_buffer("mask_bias", None, persistent=False)
+        self.scored = score_heads > 0
+        if self.scored:
+            self.A = nn.Parameter(torch.zeros(score_heads))
+            self.dt_proj = linear(keys, score_heads)
         if generation.qk_norm:
             self.q_norm: nn.Module = RMSNorm(D, config.rms_norm_eps)
             self.k_norm: nn.Module = RMSNorm(D, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
+
+    def no_bias(self, slots: int) -> Tensor:
+        """The bias of `slots` keys that no score lifts, float32 [1, 1, slots, 1]."""
+        return torch.zeros(1, 1, slots, 1, device=self.o_proj.weight.device)
 
     def mask_scores(self, value: Tensor) -> Tensor:
         """exp(A · softplus(dt_proj(v))): the score of each key, from the values of all heads.
@@ -75,23 +84,24 @@ class DogeAttention(nn.Module):
         D = self.head_dim
         B, S, _ = x.shape
         value = self.v_proj(x)  # [B, S, Nkv·D]
-        new = LayerCache(
-            key=self.k_norm(self.k_proj(x).view(B, S, -1, D)).transpose(1, 2),
-            value=tap(value.view(B, S, -1, D).transpose(1, 2), f"{layer}.value"),
-            score=tap(self.mask_scores(value), f"{layer}.score"),
-        )
+        key = self.k_norm(self.k_proj(x).view(B, S, -1, D)).transpose(1, 2)
+        values = tap(value.view(B, S, -1, D).transpose(1, 2), f"{layer}.value")
+        scores = (tap(self.mask_scores(value), f"{layer}.score"),) if self.scored else ()
         query = self.q_norm(self.q_proj(x).view(B, S, -1, D)).transpose(1, 2)
         query = tap(rotary_embedding(query, *rotary, position_ids), f"{layer}.query")
-        key = tap(rotary_embedding(new.key, *rotary, position_ids), f"{layer}.key")
-        present = new._replace(key=key)
-        if past is not None:
-            present = LayerCache(
-                *(append_to_cache(*pair, write_index) for pair in zip(past, present, strict=True))
-            )
-        slots = present.key.shape[2]
+        key = tap(rotary_embedding(key, *rotary, position_ids), f"{layer}.key")
+        present = append_layer(past, (key, values, *scores), write_index)
+        keys, values = present[:2]
+        slots = keys.shape[2]
+        if self.scored:
+            bias = present[2]
+        else:
+            bias = self.no_bias(slots) if self.mask_bias is None else self.mask_bias
         attended = dynamic_mask_attention(
             query,
-            *present,
+            keys,
+            values,
+            bias,
             write_index,
             scale=D**-0.5,
             # With no more slots than the window, nothing can ever be dropped.
@@ -101,16 +111,24 @@ class DogeAttention(nn.Module):
 
 
 class DogeDecoderLayer(nn.Module):
-    """Attention and feed-forward, each added to a residual that is scaled per channel."""
+    """Attention and feed-forward, each added to a residual, which all but the seed scale."""
 
     def __init__(self, config: DogeConfig, generation: Generation) -> None:
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(H, eps)
-        self.self_attn = DogeAttention(config, generation)
-        self.input_residual = nn.Parameter(torch.ones(H))
         self.post_attention_layernorm = RMSNorm(H, eps)
+        self.input_residual: nn.Parameter | None = None
+        self.post_attention_residual: nn.Parameter | None = None
+        self.self_attn: nn.Module
+        self.mlp: nn.Module
+        if generation.inner_function:
+            self.self_attn = InnerFunctionAttention(config)
+            self.mlp = SeedMoE(config)
+            return
+        self.self_attn = DogeAttention(config, generation)
         self.mlp = CrossDomainMoE(config) if config.is_moe else GatedMLP(config)
+        self.input_residual = nn.Parameter(torch.ones(H))
         self.post_attention_residual = nn.Parameter(torch.ones(H))
 
     def forward(
@@ -128,14 +146,16 @@ class DogeDecoderLayer(nn.Module):
         attended, present = self.self_attn(
             normed, position_ids, rotary, write_index, past, layer, tap
         )
-        x = tap(self.input_residual * x + attended, f"{layer}.attention_residual")
+        residual = x if self.input_residual is None else self.input_residual * x
+        x = tap(residual + attended, f"{layer}.attention_residual")
         normed = tap(self.post_attention_layernorm(x), f"{layer}.mlp_norm")
-        x = self.post_attention_residual * x + self.mlp(normed, layer, tap)
+        residual = x if self.post_attention_residual is None else self.post_attention_residual * x
+        x = residual + self.mlp(normed, layer, tap)
         return tap(x, f"{layer}.output"), present
 
 
 class DogeModel(nn.Module):
-    """Embedding, decoder layers and final norm, under the names of published checkpoints."""
+    """Embedding, decoder layers and final norm; parameter names are those of G4."""
 
     def __init__(self, config: DogeConfig, generation: Generation) -> None:
         super().__init__()
@@ -170,6 +190,11 @@ class DogeForCausalLM(nn.Module):
         dtype = self.model.norm.weight.dtype
         self.register_buffer("cos", cos.to(dtype), persistent=False)
         self.register_buffer("sin", sin.to(dtype), persistent=False)
+
+    def published_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by the name that the generation's checkpoints give it."""
+        named = self.named_parameters()
+        return {self.generation.published_name(name): parameter for name, parameter in named}
 
     @property
     def head_weight(self) -> Tensor:
@@ -215,10 +240,9 @@ class DogeForCausalLM(nn.Module):
 
     def new_cache(self, batch_size: int, slots: int) -> list[LayerCache]:
         """Zeroed caches of every layer, C = `slots`, in the model's dtype and on its device."""
-        config, weight = self.config, self.model.norm.weight
-        keys = (batch_size, config.num_key_value_heads, slots, config.head_dim)
-        scores = (batch_size, self.generation.num_score_heads(config), slots, 1)
+        sizes = cache_sizes(self.config, self.generation, slots).values()
+        weight = self.model.norm.weight
         return [
-            LayerCache(*(weight.new_zeros(shape) for shape in (keys, keys, scores)))
-            for _ in range(config.num_hidden_layers)
+            tuple(weight.new_zeros(batch_size, *size) for size in sizes)
+            for _ in range(self.config.num_hidden_layers)
         ]

@@ -43,6 +43,8 @@ def rotary_tables(config: DogeConfig, positions: int) -> tuple[Tensor, Tensor]:
 class GatedMLP(nn.Module):
     """down( SiLU(gate(x)) · up(x) )."""
 
+    custom_ops: tuple[str, ...] = ()
+
     def __init__(self, config: DogeConfig) -> None:
         super().__init__()
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
@@ -64,6 +66,8 @@ class CrossDomainMoE(nn.Module):
     own two halves; `mixed` reinterprets the S·2n numbers of a sequence as two blocks of S·n, so a
     token reads other tokens' numbers and a sequence must be prefilled in one pass, unpadded.
     """
+
+    custom_ops = ("ExpertGather",)
 
     def __init__(self, config: DogeConfig) -> None:
         super().__init__()

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Tap = Callable[[Tensor, str], Tensor]
+# What one layer keeps of every cached token, C slots a sequence, in the contract's order: keys and
+# values [B, Nkv, C, D] and, where the generation caches them, mask scores [B, N, C, 1].
+LayerCache = tuple[Tensor, ...]
 
 
 def no_tap(value: Tensor, name: str) -> Tensor:
@@ -66,6 +69,13 @@ def append_to_cache(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor
     slots = write_index[:, None] + torch.arange(update.shape[2], device=past.device)  # [B, S]
     past.transpose(1, 2)[rows, slots] = update.transpose(1, 2)
     return past
+
+
+def append_layer(past: LayerCache | None, new: LayerCache, write_index: Tensor) -> LayerCache:
+    """Append a layer's new tensors to its cache; without a cache they are all there is."""
+    if past is None:
+        return new
+    return tuple(append_to_cache(*pair, write_index) for pair in zip(past, new, strict=True))
 
 
 @torch.library.custom_op("doge::tensor_scatter", mutates_args=())

@@ -32,4 +32,18 @@ EXPERT_GATHER = CustomOp(
     },
 )
 
-OPS: tuple[CustomOp, ...] = (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER)
+VALUE_GATHER = CustomOp(
+    name="ValueGather",
+    inputs=("scores", "table"),
+    outputs=("inner_values",),
+    definition="plugins.value_gather.op:value_gather_definition",
+    torch_op="doge::value_gather",
+    function="plugins.value_gather.function:make_function",
+    # Sums of R·K rows in another order; float16 rounds each partial sum (2^-11 relative).
+    tolerances={
+        "float32": Tolerance(atol=1e-6, rtol=1e-6),
+        "float16": Tolerance(atol=1e-2, rtol=1e-2),
+    },
+)
+
+OPS: tuple[CustomOp, ...] = (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, VALUE_GATHER)

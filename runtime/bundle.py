@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from model.config import DogeConfig, RouterMode, UnsupportedModelError
+from model.config import SEED_FIELDS, DogeConfig, RouterMode, UnsupportedModelError
 from model.contract import step_contract
 from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
@@ -230,7 +230,8 @@ def config_from_dict(values: Mapping[str, Any]) -> DogeConfig:
         ValueError: a missing or unknown field, a wrong type, or a value that no Doge has.
     """
     problems: list[str] = []
-    fields = read_object(dict(values), "config", _config_kinds(), problems)
+    complete = {**dict.fromkeys(SEED_FIELDS, 0), **values}
+    fields = read_object(complete, "config", _config_kinds(), problems)
     eos = fields.get("eos_token_id")
     if isinstance(eos, list):
         fields["eos_token_id"] = tuple(eos)

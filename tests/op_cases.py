@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from plugins.value_gather.subsets import value_subsets
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase:
@@ -21,6 +23,7 @@ class AttentionCase:
     Nkv: int = 2
     N: int = 2
     D: int = 8
+    shared: bool = False  # one row of scores for the whole batch
     score_levels: int = 0  # draw scores from that few values, so that many are equal
     scale: float = 0.35
 
@@ -32,11 +35,11 @@ class AttentionCase:
         def randn(*size: int) -> Tensor:
             return torch.randn(size, generator=generator)
 
+        size = (1 if self.shared else B, self.N, self.C, 1)
         if self.score_levels:
-            size = (B, self.N, self.C, 1)
             score = torch.randint(self.score_levels, size, generator=generator) * 0.75 - 1.0
         else:
-            score = 2 * randn(B, self.N, self.C, 1)
+            score = 2 * randn(*size)
         return (
             randn(B, self.Nq, self.S, self.D).to(dtype),
             randn(B, self.Nkv, self.C, self.D).to(dtype),
@@ -64,6 +67,9 @@ ATTENTION_CASES = (
     AttentionCase(label="per query head", S=6, C=19, W=4, write_index=(11,), N=4),
     AttentionCase(label="one key head", S=6, C=19, W=4, write_index=(3, 13), Nkv=1, N=1),
     AttentionCase(label="one key head, N=Nq", S=6, C=19, W=4, Nkv=1, N=4, score_levels=2),
+    AttentionCase(label="one bias", S=5, C=19, W=0, write_index=(3, 0, 13), N=1, shared=True),
+    AttentionCase(label="bias per head", S=5, C=19, W=0, write_index=(3, 13), N=4, shared=True),
+    AttentionCase(label="one bias, window", S=5, C=19, W=6, write_index=(3, 13), N=1, shared=True),
     AttentionCase(label="row full", S=3, C=16, W=9, write_index=(13, 0, 7)),
 )
 # In these nothing can be dropped; a body that selects is only made for W < C.
@@ -119,4 +125,46 @@ EXPERT_CASES = (
     ExpertCase(label="normalize", normalize=True, n=6, K=8),
     ExpertCase(label="weight inside, normalize, heads", P=2, weight_inside=True, normalize=True),
     ExpertCase(label="large scores", n=6, K=8, offset=80.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueCase:
+    """Shapes and attributes of one ValueGather."""
+
+    label: str
+    T: int = 5
+    R: int = 2
+    N: int = 4
+    K: int = 2
+    H: int = 8
+    subset_sums: bool = False
+    levels: int = 0  # draw scores from that few values, so that many are equal
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """scores, table."""
+        generator = torch.Generator().manual_seed(self.T * 1000 + self.N * 10 + self.K)
+        size = (self.T, self.R, self.N)
+        if self.levels:
+            scores = torch.randint(self.levels, size, generator=generator).to(dtype)
+        else:
+            scores = torch.randn(size, generator=generator).to(dtype)
+        rows = torch.randn(self.N, self.H, generator=generator)
+        if self.subset_sums:
+            subsets = value_subsets(self.N, self.K)
+            rows = torch.stack([rows[list(subset)].sum(0) for subset in subsets])
+        return scores, rows.to(dtype)
+
+
+VALUE_CASES = (
+    ValueCase(label="usual"),
+    ValueCase(label="one token, one head", T=1, R=1),
+    ValueCase(label="one row", N=1, K=1),
+    ValueCase(label="every row", N=3, K=3),
+    ValueCase(label="primes", T=13, R=3, N=7, K=5, H=11),
+    ValueCase(label="equal scores", T=17, R=3, N=6, K=3, levels=2),
+    ValueCase(label="all scores equal", N=6, K=3, levels=1),
+    ValueCase(label="sums of pairs", subset_sums=True),
+    ValueCase(label="sums of one", N=2, K=1, R=1, subset_sums=True),
+    ValueCase(label="sums, equal scores", T=17, R=3, N=6, K=3, levels=2, subset_sums=True),
 )

@@ -1,4 +1,4 @@
-"""Writes tiny checkpoints with random weights: numpy and safetensors, no torch."""
+"""Writes tiny checkpoints of every generation with random weights; no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from model.config import DogeConfig
-from model.generations.g4 import G4
+from model.generations import GENERATIONS, generation_named
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -40,44 +39,84 @@ BASE_CONFIG: Mapping[str, Any] = {
 MOE: Mapping[str, Any] = {"is_moe": True, "num_experts": 69, "num_experts_per_tok": 5}
 
 
-def config_json(**overrides: Any) -> dict[str, Any]:
+# What a generation's config.json has beside the base, None where it lacks the field.
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "g1": {
+        "num_key_value_heads": None,
+        "keep_window_size": None,
+        "is_moe": None,
+        "tie_word_embeddings": None,
+        "max_position_embeddings": 64,
+        "num_inner_values": 4,
+        "num_inner_value_heads": 2,
+        "num_value_per_head": 2,
+        "inner_values_retrieval_size": 16,
+        "num_cdmmoe_experts": 50,
+        "num_cdmmoe_heads": 2,
+        "num_cdmmoe_experts_per_head": 4,
+        "private_expert_retrieval_size": 16,
+    },
+    "g2_first": {"num_key_value_heads": None, "tie_word_embeddings": False},
+    "g2": {},
+    "g3": {"dynamic_mask_ratio": 0.0},
+    "g4h": {},
+    "g4": {},
+}
+
+
+def config_json(generation: str = "g4", **overrides: Any) -> dict[str, Any]:
     """The content of config.json; a field overridden with None is left out."""
-    merged = {**BASE_CONFIG, **overrides}
+    merged = {**BASE_CONFIG, **CONFIGS[generation], **overrides}
     return {name: value for name, value in merged.items() if value is not None}
 
 
-def random_tensors(config: Mapping[str, Any], seed: int) -> Tensors:
-    """Every tensor of a G4 checkpoint, such that each part moves the logits.
+def random_tensors(config: Mapping[str, Any], seed: int, generation: str = "g4") -> Tensors:
+    """Every tensor of a checkpoint, such that each part moves the logits.
 
-    A, norms and residual scales stand away from 0 and 1; the logits are about 10 to 30 in size.
+    A, norms and residual scales stand away from 0 and 1; the logits are about 10 to 30 in size. A
+    tenth of the seed's stored mask is zero, never that of the first key.
     """
     generator = np.random.default_rng(seed)
-    shapes = G4.tensor_shapes(DogeConfig.from_dict(config))
-    return {name: _random_tensor(generator, name, size) for name, size in shapes.items()}
+    known = generation_named(generation, GENERATIONS)
+    shapes = known.tensor_shapes(known.read_config(config))
+    embedding = known.published_name("model.embed_tokens.weight")
+    tensors = {
+        name: _random_tensor(generator, "embed_tokens.weight" if name == embedding else name, size)
+        for name, size in shapes.items()
+    }
+    if known.name == "g2":  # its mask hides nothing where no A is below 0
+        tensors |= {name: abs(array) for name, array in tensors.items() if name.endswith(".A")}
+    return tensors
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
-    """Write config.json and model.safetensors of a random G4 checkpoint.
+def write_checkpoint(
+    folder: Path, *, generation: str = "g4", seed: int = 0, **overrides: Any
+) -> Path:
+    """Write config.json and model.safetensors of a random checkpoint.
 
     Args:
         folder: made when it is missing.
+        generation: name of its generation.
         seed: of the weights.
         overrides: fields of config.json, e.g. `tie_word_embeddings=False` or `**MOE`.
 
     Returns:
         `folder`.
     """
-    config = config_json(**overrides)
+    config = config_json(generation, **overrides)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(random_tensors(config, seed), folder / "model.safetensors")
+    save_file(random_tensors(config, seed, generation), folder / "model.safetensors")
     return folder
 
 
 def _random_tensor(
     generator: np.random.Generator, name: str, size: tuple[int, ...]
 ) -> npt.NDArray[Any]:
-    if len(size) == 1:
+    if name.endswith("dynamic_mask"):
+        values = np.where(generator.random(size) < 0.1, 0.0, generator.standard_normal(size))
+        values[:, 0] = 1.0
+    elif len(size) == 1:
         values = generator.uniform(0.5, 1.5, size)
         if name.endswith("self_attn.A"):
             values *= generator.choice([-1.0, 1.0], size)

@@ -14,6 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from export.functions import attach_functions
+from plugins.custom_op import DOMAIN
+from plugins.dynamic_mask_attention.function import LOWEST
+from plugins.registry import DYNAMIC_MASK_ATTENTION
 
 HalfType = Literal["float16", "bfloat16"]
 _IR_TYPES: dict[HalfType, ir.DataType] = {
@@ -51,8 +54,12 @@ def _score_nodes(graph: ir.Graph) -> set[ir.Node]:
         for name, value in named.items()
         if name.startswith("layers.") and name.endswith(".score")
     }
-    if not scores:
-        raise ValueError("no value is named layers.<i>.score; lower the canonical model")
+    cached = any(_is_score(value) for value in graph.inputs)
+    if cached != bool(scores):
+        raise ValueError(
+            f"mask scores are {'cached' if cached else 'not cached'}, but {len(scores)} values are "
+            "named layers.<i>.score; lower the canonical model"
+        )
     nodes: set[ir.Node] = set()
     for name, score in scores.items():
         value = named[name.removesuffix("score") + "value"]
@@ -98,6 +105,29 @@ def _is_score(value: ir.Value) -> bool:
     return value.name is not None and value.name.endswith(".score")
 
 
+def _is_mask_bias(value: ir.Value) -> bool:
+    """Whether a stored tensor stands where a generation with scores has its cached scores."""
+    place = DYNAMIC_MASK_ATTENTION.inputs.index("score")
+    uses = list(value.uses())
+    return bool(uses) and all(
+        use.node.domain == DOMAIN
+        and use.node.op_type == DYNAMIC_MASK_ATTENTION.name
+        and use.idx == place
+        for use in uses
+    )
+
+
+def _clip_mask_bias(value: ir.Value, dtype: HalfType) -> None:
+    """Keep the bias in float32, and hidden keys above those that are not there yet.
+
+    The op clips its bias to the half type's range, where both would meet at the lowest number.
+    """
+    if value.const_value is None:
+        raise AssertionError("an initializer has a tensor")
+    clipped = np.maximum(value.const_value.numpy(), np.float32(LOWEST[dtype] / 2))
+    value.const_value = ir.tensor(clipped, name=value.name)
+
+
 def _convert_initializers(
     graph: ir.Graph, scores: set[ir.Node], half: ir.DataType, dtype: HalfType
 ) -> None:
@@ -107,6 +137,9 @@ def _convert_initializers(
             continue
         users = {node for node in value.consumers() if node is not None}
         if users and users <= scores:
+            continue
+        if _is_mask_bias(value):
+            _clip_mask_bias(value, dtype)
             continue
         if users & scores:
             raise ValueError(f"{value.name} serves mask scores and other values; split it first")

@@ -9,7 +9,8 @@ For batch row b, query head a in score group n, and the query in slot i = write_
     out[b, a, i]   =  Σ_j softmax_j( scale · q[b, a, i]·k[b, g, j] + bias(i, j) ) v[b, g, j]
 
 Query head a reads key/value head g = a div (Nq/Nkv) and score head n = a div (Nq/N): N is Nkv
-where the generation scores per key/value head (G4), Nq where it scores per query head.
+where the generation scores per key/value head (G4), Nq where it scores per query head, 1 where
+no key has a score.
 
 Source: Doge in transformers (`DogeAttention.prepare_dynamic_mask`), where the order of equal
 scores is left to the device; here the lower slot wins (docs/reference.md). The op neither writes
@@ -57,7 +58,8 @@ def dynamic_mask_attention_definition(
         query: [B, Nq, S, D] new queries, already rotated.
         key: [B, Nkv, C, D] cache with the new keys written.
         value: [B, Nkv, C, D] cache with the new values written.
-        score: [B, N, C, 1] cache with the new scores written, N dividing Nq.
+        score: [B or 1, N, C, 1] cache with the new scores written, N dividing Nq; with 1 the rows
+            of the batch share them (a mask that is stored rather than computed).
         write_index: [B] int64, the slot of each row's first new token.
         scale: factor on q·k.
         keep_window_size: W; 0 never selects.
@@ -67,6 +69,7 @@ def dynamic_mask_attention_definition(
     """
     B, Nq, S, D = query.shape
     Nkv, C = key.shape[1], key.shape[2]
+    score = score.expand(B, -1, -1, -1)
     N = score.shape[1]
     query_slot = write_index[:, None] + torch.arange(S, device=query.device)  # [B, S]
     key_slot = torch.arange(C, device=query.device)  # [C]

@@ -6,13 +6,15 @@ The only module of `runtime/` that imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 
 from model.checkpoint import load_checkpoint
-from model.doge import DogeForCausalLM, LayerCache
+from model.doge import DogeForCausalLM
+from model.step_ops import LayerCache
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
 from runtime.manifest import Variant
@@ -20,7 +22,7 @@ from runtime.manifest import Variant
 
 @dataclass(kw_only=True)
 class TorchCache(Cache):
-    """A cache of torch tensors, one `LayerCache` a layer."""
+    """A cache of torch tensors, by layer."""
 
     layers: list[LayerCache]
 
@@ -50,6 +52,26 @@ class TorchBackend(Backend):
         )
         return cls(network, limits=bundle.limits, variant=variant.name)
 
+    @classmethod
+    def from_checkpoint(
+        cls, folder: Path, *, router_mode: str | None = None, max_batch_size: int = 4
+    ) -> Self:
+        """Open the backend on a checkpoint folder, without a bundle and up to its context.
+
+        Args:
+            folder: config.json and safetensors.
+            router_mode: overrides the config's router mode.
+            max_batch_size: sequences in one step.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            UnsupportedModelError: not one that this project runs.
+        """
+        network = load_checkpoint(folder, router_mode=router_mode)
+        context = network.config.max_position_embeddings
+        limits = Limits(max_batch_size=max_batch_size, max_input_len=context, max_seq_len=context)
+        return cls(network, limits=limits, variant="fp32")
+
     def new_cache(self, batch_size: int, capacity: int | None = None) -> TorchCache:
         """Zeroed cache of exactly `capacity` slots."""
         slots = self.check_cache_size(batch_size, capacity)
@@ -76,7 +98,7 @@ class TorchBackend(Backend):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
         layers = cache.layers
         if row is not None:
-            layers = [LayerCache(*(part[row : row + 1] for part in layer)) for layer in layers]
+            layers = [tuple(part[row : row + 1] for part in layer) for layer in layers]
         position_ids = write_index[:, None] + np.arange(input_ids.shape[1])
         tokens = (input_ids, position_ids, write_index, logits_index)
         with torch.inference_mode():

@@ -9,38 +9,49 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from export.checks import ExportCheckError, check_numbers, check_structure
 from export.graph import export_onnx
 from export.lowerings.half_precision import lower_to_half
 from model.checkpoint import load_checkpoint
 from model.contract import layer_taps, step_contract
+from model.doge import DogeForCausalLM
+from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Backend, Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
 from runtime.sampling import SamplingParams
 from runtime.session import GenerationSession
 
-CASES = ["g4", "g4_untied_mha", "g4_moe", "g4_window"]
-LIMITS = Limits(max_batch_size=3, max_input_len=96, max_seq_len=96)
+FAST_CASES = ("g1", "g3", "g4_moe", "g4_window")
+SLOW_CASES = ("g3_moe", "g4", "g4_untied_mha", "g4h", "g4h_window")
+CASES = [*FAST_CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+SLOTS = {"g1": 64}  # as wide as its stored mask
+# The contract is 1e-3 at logits of size 30. Without norms of queries and keys attention amplifies
+# rounding: the specification in float64 is 9e-5 from g4h's stored float32 numbers, ONNX Runtime
+# 1.5e-4, where the others measure up to 8e-5.
+ATOL = {"g4h": 3e-4}
 
 
 class Exported:
     """A golden case with its network, its exported model, and both backends on it."""
 
     def __init__(self, folder: Path, work: Path) -> None:
+        self.atol = ATOL.get(folder.name, 1e-4)
+        slots = SLOTS.get(folder.name, 96)
+        self.limits = Limits(max_batch_size=3, max_input_len=slots, max_seq_len=slots)
         self.golden = np.load(folder / "golden.npz")
         self.network = load_checkpoint(folder)
+        self.rewritten, _ = rewrite_for_export(self.network, slots)
         config = self.network.config
-        self.contract = step_contract(
-            config, self.network.generation, max_seq_len=LIMITS.max_seq_len
-        )
-        self.path = export_onnx(self.network, work / "model.onnx", max_seq_len=LIMITS.max_seq_len)
-        self.torch: Backend = TorchBackend(self.network, limits=LIMITS, variant="fp32")
+        self.contract = step_contract(config, self.network.generation, max_seq_len=slots)
+        self.path = export_onnx(self.rewritten, work / "model.onnx", max_seq_len=slots)
+        self.torch: Backend = TorchBackend(self.network, limits=self.limits, variant="fp32")
         self.onnxruntime: Backend = OnnxRuntimeBackend(
             make_session(str(self.path), 1),
             self.contract,
-            limits=LIMITS,
+            limits=self.limits,
             variant="fp32",
             vocab_size=config.vocab_size,
             router_mode=config.router_mode if config.is_moe else None,
@@ -57,7 +68,7 @@ def exported(
 
 
 def test_structure_keeps_the_contract(exported):
-    result = check_structure(exported.path, exported.contract, exported.network)
+    result = check_structure(exported.path, exported.contract, exported.rewritten)
     layers = exported.network.config.num_hidden_layers
     assert result["doge_nodes"]["DynamicMaskAttention"] == layers
 
@@ -65,8 +76,14 @@ def test_structure_keeps_the_contract(exported):
 def test_taps_are_values_of_the_main_graph_in_order(exported):
     model = onnx.load(str(exported.path), load_external_data=False)
     produced = [name for node in model.graph.node for name in node.output]
-    taps = layer_taps(exported.network.config)
+    taps = layer_taps(exported.network.config, exported.network.generation)
     assert set(taps) <= set(produced)
+
+
+def test_network_whose_mask_is_not_yet_a_bias_is_not_exported(golden, tmp_path):
+    network = load_checkpoint(golden("g1"))
+    with pytest.raises(ValueError, match="rewrite_for_export"):
+        export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
 
 
 def test_file_says_nothing_of_the_exporting_machine(exported):
@@ -82,8 +99,8 @@ def test_prefill_equals_published_logits(exported, name):
     ids = exported.golden["input_ids"]
     cache = backend.new_cache(len(ids))
     logits = backend.score(ids, np.full(len(ids), ids.shape[1]), cache)
-    # The contract is 1e-3 at logits of size 30; measured 3e-5.
-    np.testing.assert_allclose(logits, exported.golden["prefill_logits"], atol=1e-4, rtol=0)
+    expected = exported.golden["prefill_logits"]
+    np.testing.assert_allclose(logits, expected, atol=exported.atol, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
@@ -94,18 +111,47 @@ def test_decoding_equals_published_logits(exported, name):
     logits = [backend.prefill(ids[:, :1], np.array([1]), cache)]
     logits += [backend.decode(ids[:, t], cache) for t in range(1, ids.shape[1])]
     actual = np.stack(logits, axis=1)
-    np.testing.assert_allclose(actual, exported.golden["decode_logits"], atol=1e-4, rtol=0)
+    expected = exported.golden["decode_logits"]
+    np.testing.assert_allclose(actual, expected, atol=exported.atol, rtol=0)
 
 
 def test_greedy_ids_of_torch_and_onnxruntime_are_equal(exported):
     prompts = [[int(i) for i in row] for row in exported.golden["input_ids"]]
-    params = SamplingParams(max_tokens=64, temperature=0)
-    ids = [
-        [(e.index, e.token_id) for e in GenerationSession(backend).generate(prompts, params)]
-        for backend in (exported.torch, exported.onnxruntime)
+    most = exported.limits.max_seq_len - len(prompts[0])
+    params = SamplingParams(max_tokens=min(64, most), temperature=0)
+    generated = [
+        [list(prompt) for prompt in prompts] for _ in (exported.torch, exported.onnxruntime)
     ]
-    assert len(ids[0]) == 64 * len(prompts)
-    assert ids[0] == ids[1]
+    for rows, backend in zip(generated, (exported.torch, exported.onnxruntime), strict=True):
+        for event in GenerationSession(backend).generate(prompts, params):
+            rows[event.index].append(event.token_id)
+    for expected, actual in zip(*generated, strict=True):
+        assert len(expected) == len(actual) == len(prompts[0]) + params.max_tokens
+        if expected == actual:
+            continue
+        # Only a near tie at the window explains it: rounding keeps another key.
+        same = next(i for i in range(len(expected)) if expected[i] != actual[i])
+        assert margin_at_the_window(exported.network, expected[:same]) < 1e-6
+
+
+def margin_at_the_window(network: DogeForCausalLM, ids: list[int]) -> float:
+    """Least relative gap, over layers, heads and queries, of the last key kept to the next one."""
+    window, scores = network.config.keep_window_size, []
+
+    def record(value, name):
+        if name.endswith(".score"):
+            scores.append(value[0, :, :, 0])  # [N, S]
+        return value
+
+    positions = torch.arange(len(ids))[None]
+    start = torch.zeros(1, dtype=torch.long)
+    network(torch.tensor([ids]), positions, start, start[:, None], None, record)
+    gaps = []
+    for layer in scores:
+        for end in range(window + 1, len(ids) + 1):
+            best = layer[:, :end].sort(dim=-1, descending=True).values
+            gaps.append(((best[:, window - 1] - best[:, window]) / best[:, window - 1].abs()).min())
+    return float(min(gaps, default=torch.tensor(1.0)))
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
@@ -124,7 +170,7 @@ def test_unequal_rows_of_a_batch_equal_the_rows_alone(exported, name):
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
 def test_split_prefill_equals_one_pass(exported, name):
     backend = getattr(exported, name)
-    ids = exported.golden["input_ids"][:1, :23]
+    ids = np.resize(exported.golden["input_ids"], (1, 23))
     cache = backend.new_cache(1)
     if backend.router_mode == "mixed":
         backend.prefill(ids[:, :7], np.array([7]), cache)
@@ -138,10 +184,11 @@ def test_split_prefill_equals_one_pass(exported, name):
 
 
 def test_numbers_agree_and_a_changed_weight_is_found(exported, tmp_path):
-    arguments = (exported.contract, exported.network, LIMITS)
+    arguments = (exported.contract, exported.network, exported.limits)
     assert check_numbers(exported.path, *arguments)["passed"]
     model = ir.load(exported.path)
-    norm = model.graph.initializers["model.norm.weight"]
+    name = exported.network.generation.published_name("model.norm.weight")
+    norm = model.graph.initializers[name]
     changed = norm.const_value.numpy().copy()
     changed[3] *= 1.5
     norm.const_value = ir.tensor(changed, name=norm.name)
@@ -157,7 +204,7 @@ def test_structure_check_finds_a_renamed_output(exported, tmp_path):
     broken = tmp_path / "broken.onnx"
     ir.save(model, broken, external_data="broken.onnx.data")
     with pytest.raises(ExportCheckError, match="scores"):
-        check_structure(broken, exported.contract, exported.network)
+        check_structure(broken, exported.contract, exported.rewritten)
 
 
 def test_float16_model_follows_the_float32_one(exported, tmp_path):
@@ -169,8 +216,13 @@ def test_float16_model_follows_the_float32_one(exported, tmp_path):
     config = exported.network.config
     half = OnnxRuntimeBackend(
         make_session(str(path), 1),
-        step_contract(config, exported.network.generation, max_seq_len=96, cache_dtype="float16"),
-        limits=LIMITS,
+        step_contract(
+            config,
+            exported.network.generation,
+            max_seq_len=exported.limits.max_seq_len,
+            cache_dtype="float16",
+        ),
+        limits=exported.limits,
         variant="fp16",
         vocab_size=config.vocab_size,
         router_mode=config.router_mode if config.is_moe else None,
@@ -189,6 +241,11 @@ def test_scores_stay_float32_in_half_precision(exported):
     model = ir.load(exported.path)
     lower_to_half(model, "bfloat16")
     types = {v.name: v.dtype for v in [*model.graph.inputs, *model.graph.outputs]}
+    if exported.network.generation.score_heads is None:
+        bias = model.graph.initializers["model.layers.0.attn.mask_bias"]
+        types["past_key_values.0.score"] = types["present.0.score"] = bias.dtype
+        lowest = -3.3895313892515355e38  # of bfloat16
+        assert sorted(set(bias.const_value.numpy().ravel())) == [np.float32(lowest / 2), 0.0]
     assert types["past_key_values.0.score"] == types["present.0.score"] == ir.DataType.FLOAT
     assert types["past_key_values.0.key"] == types["present.0.value"] == ir.DataType.BFLOAT16
     assert types["logits"] == ir.DataType.FLOAT

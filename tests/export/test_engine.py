@@ -18,10 +18,23 @@ from export.lowerings.half_precision import lower_to_half
 from export.profiles import step_profiles
 from export.progress import BuildProgress
 from model.checkpoint import load_checkpoint
-from model.contract import step_contract
+from model.contract import cache_kinds, step_contract
 from model.released import RELEASED_SHAPES
+from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import BackendUnavailableError, Limits
 from runtime.tensorrt_module import load_tensorrt
+
+GOLDEN_CASES = (
+    "g1",
+    "g3",
+    "g3_moe",
+    "g4h",
+    "g4h_window",
+    "g4",
+    "g4_untied_mha",
+    "g4_moe",
+    "g4_window",
+)
 
 
 def test_all_problems_of_a_config_are_named_at_once():
@@ -77,6 +90,24 @@ def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path
     assert built.report.attention == layers
     assert built.report.cache_updates == 3 * layers
     assert built.report.plugin_layers == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_engine_for_sm89_builds_for_every_golden_case(golden, case, tmp_path):
+    network = load_checkpoint(golden(case))
+    rewritten, _ = rewrite_for_export(network, 64)
+    path = _lowered(export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64), "float16")
+    contract = step_contract(
+        network.config, network.generation, max_seq_len=64, cache_dtype="float16"
+    )
+    config = EngineConfig(precision="fp16", max_input_len=64, max_seq_len=64)
+    built = build_engine(path, config, contract, BuildProgress(quiet=True))
+    layers = network.config.num_hidden_layers
+    assert built.report.attention == layers
+    assert built.report.cache_updates == len(cache_kinds(network.generation)) * layers
+    # Both profiles run every attention as one fused kernel.
+    assert built.report.fused_attention == 2 * layers
 
 
 @pytest.mark.slow

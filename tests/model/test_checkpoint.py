@@ -214,7 +214,7 @@ def test_every_tensor_problem_is_listed_at_once(folder: Path) -> None:
         },
     )
     message = refusal(folder)
-    assert message.startswith("the tensors do not fit config.json: ")
+    assert message.startswith("the tensors of generation g4 (transformers' doge: ")
     for problem in (
         "missing model.norm.weight [64]",
         "missing model.layers.2.self_attn.A [2]",

@@ -9,6 +9,8 @@ import pytest
 
 from model.config import DogeConfig
 from model.contract import StepContract, TensorSpec, layer_taps, step_contract
+from model.generations.g1 import G1
+from model.generations.g2 import G2
 from model.generations.g4 import G4
 from tests.tiny_doge import MOE, config_json
 
@@ -117,7 +119,7 @@ def test_contract_as_json() -> None:
 
 
 def test_taps_of_a_dense_model() -> None:
-    taps = layer_taps(config())
+    taps = layer_taps(config(), G4)
     assert (taps[0], taps[-1]) == ("embedding", "final_norm")
     first = [name.removeprefix("layers.0.") for name in taps if name.startswith("layers.0.")]
     assert sorted(first) == [
@@ -137,8 +139,26 @@ def test_taps_of_a_dense_model() -> None:
     assert len(taps) == len(set(taps)) == 2 + 2 * 10
 
 
+def test_generation_without_scores_caches_and_taps_none() -> None:
+    made = step_contract(config(), G2, max_seq_len=40)
+    assert [spec.name for spec in made.past[:4]] == [
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+        "past_key_values.1.key",
+        "past_key_values.1.value",
+    ]
+    assert not [tap for tap in layer_taps(config(), G2) if tap.endswith("score")]
+    assert made.bytes_per_token() == 2 * 2 * (16 + 16) * 4
+
+
+def test_taps_of_the_seed_have_its_experts() -> None:
+    taps = layer_taps(DogeConfig.from_dict(config_json("g1"), seed=True), G1)
+    assert "layers.0.router_scores" in taps
+    assert "layers.2.expert_output" in taps
+
+
 def test_taps_of_a_mixture_of_experts_have_the_router_and_the_experts() -> None:
-    dense, moe = layer_taps(config()), layer_taps(config(**MOE))
+    dense, moe = layer_taps(config(), G4), layer_taps(config(**MOE), G4)
     assert [name for name in moe if name not in dense] == [
         "layers.0.router_scores",
         "layers.0.expert_output",

@@ -10,28 +10,33 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
-from model.config import DogeConfig
+from model.checkpoint import load_checkpoint
 from model.contract import layer_taps, step_contract
-from model.doge import DogeAttention, DogeForCausalLM, LayerCache
+from model.doge import DogeAttention, DogeForCausalLM
 from model.generations.g4 import G4
+from model.step_ops import LayerCache
 from tests.tiny_doge import MOE, write_checkpoint
 
 # The contract is 1e-3 on logits of size 10 to 30; orders of summation differ by about 2e-5.
 ATOL = 1e-4
 Golden = Callable[[str], Path]
-CASES = ("g4", "g4_untied_mha", "g4_moe", "g4_window")
+CASES = (
+    "g1",
+    "g3",
+    "g3_moe",
+    "g4h",
+    "g4h_window",
+    "g4",
+    "g4_untied_mha",
+    "g4_moe",
+    "g4_window",
+)
 
 
 def load(folder: Path, router_mode: str | None = None) -> DogeForCausalLM:
-    config = DogeConfig.from_pretrained(folder)
-    if router_mode is not None:
-        config = config.with_router_mode(router_mode)
-    network = DogeForCausalLM(config, G4)
-    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    return network.requires_grad_(False).eval()
+    return load_checkpoint(folder, router_mode=router_mode)
 
 
 def step(
@@ -97,9 +102,10 @@ def test_decode_equals_published_code(golden: Golden, case: str) -> None:
     torch.testing.assert_close(actual, expected, atol=ATOL, rtol=0)
 
 
-def test_window_of_the_golden_case_drops_keys(golden: Golden) -> None:
-    ids, expected, _ = golden_tensors(golden("g4_window"))
-    network = load(golden("g4_window"))
+@pytest.mark.parametrize("case", ["g4_window", "g4h_window"])
+def test_window_of_the_golden_case_drops_keys(golden: Golden, case: str) -> None:
+    ids, expected, _ = golden_tensors(golden(case))
+    network = load(golden(case))
     for attention in attentions(network):
         attention.keep_window_size = 2048
     logits = step(network, ids)
@@ -183,11 +189,29 @@ def decodable(folder: Path) -> DogeForCausalLM:
     return load(folder, "per_token")
 
 
-@pytest.fixture(params=["dense", "moe", "window", "moe, window", "window, equal scores"])
+NETWORKS = (
+    "g1",
+    "g2_first",
+    "g2",
+    "g3",
+    "g3 moe",
+    "g4h moe",
+    "g4h window",
+    "g4",
+    "g4 moe",
+    "g4 window",
+    "g4 moe window",
+    "g4 window, equal scores",
+)
+
+
+@pytest.fixture(params=NETWORKS)
 def network(request: pytest.FixtureRequest, tmp_path: Path) -> DogeForCausalLM:
     kind = request.param
     overrides = {"keep_window_size": 6} if "window" in kind else {}
-    loaded = decodable(write_checkpoint(tmp_path, **overrides, **(MOE if "moe" in kind else {})))
+    overrides |= MOE if "moe" in kind else {}
+    folder = write_checkpoint(tmp_path, generation=kind.split()[0], **overrides)
+    loaded = decodable(folder)
     if "equal" in kind:
         for attention in attentions(loaded):
             attention.A.zero_()
@@ -370,7 +394,7 @@ def test_taps_come_once_each_in_the_order_of_the_contract(tmp_path: Path, moe: b
     start = torch.zeros(2, dtype=torch.long)
     cache = network.new_cache(2, 9)
     network(ids, torch.arange(5).expand(2, 5), start, start[:, None], cache, record)
-    assert list(seen) == list(layer_taps(network.config))
+    assert list(seen) == list(layer_taps(network.config, network.generation))
     assert seen["embedding"] == seen["layers.0.output"] == seen["layers.2.mlp_output"] == (2, 5, 64)
     assert seen["layers.1.query"] == (2, 4, 5, 16)
     assert seen["layers.1.key"] == seen["layers.1.value"] == (2, 2, 5, 16)
@@ -381,20 +405,38 @@ def test_taps_come_once_each_in_the_order_of_the_contract(tmp_path: Path, moe: b
         assert seen["layers.0.expert_output"] == (2, 5, 64)
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_step_goes_on_with_what_a_tap_returns(tmp_path: Path, moe: bool) -> None:
-    network = load(write_checkpoint(tmp_path, **(MOE if moe else {})))
+@pytest.mark.parametrize("kind", ["g1", "g2", "g3", "g4", "g4 moe"])
+def test_step_goes_on_with_what_a_tap_returns(tmp_path: Path, kind: str) -> None:
+    overrides = MOE if "moe" in kind else {}
+    network = load(write_checkpoint(tmp_path, generation=kind.split()[0], **overrides))
     ids = random_ids(1, 6)
     start = torch.zeros(1, dtype=torch.long)
     arguments = (ids, torch.arange(6)[None], start, torch.tensor([[5]]), None)
     plain, _ = network(*arguments)
-    for replaced in layer_taps(network.config):
+    for replaced in layer_taps(network.config, network.generation):
 
         def change(value: Tensor, name: str, replaced: str = replaced) -> Tensor:
             return value.flip(-1) * 1.5 + 0.3 if name == replaced else value
 
         changed, _ = network(*arguments, change)
         assert not torch.allclose(plain, changed, atol=1e-3), replaced
+
+
+def test_taps_of_the_seed_come_in_the_order_of_the_contract(tmp_path: Path) -> None:
+    network = load(write_checkpoint(tmp_path, generation="g1"))
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def record(value: Tensor, name: str) -> Tensor:
+        assert name not in seen
+        seen[name] = tuple(value.shape)
+        return value
+
+    ids = random_ids(2, 5)
+    start = torch.zeros(2, dtype=torch.long)
+    network(ids, torch.arange(5).expand(2, 5), start, start[:, None], None, record)
+    assert list(seen) == list(layer_taps(network.config, network.generation))
+    assert seen["layers.1.key"] == seen["layers.1.value"] == (2, 4, 5, 16)
+    assert seen["layers.0.router_scores"] == (2, 5, 2 * 2 * 7)
 
 
 def test_tied_head_is_the_embedding_table(tiny_dense: Path, golden: Golden) -> None:

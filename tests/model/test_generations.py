@@ -5,33 +5,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from model.config import DogeConfig, UnsupportedModelError
+from model.config import DogeConfig, UnsupportedModelError, read_config_json
 from model.generations import GENERATIONS, Generation, detect_generation, generation_named
 from model.generations.g4 import G4
 from model.generations.generation import Shapes
 from tests.tiny_doge import MOE, config_json
 
-G1_SHAPES: Shapes = {
-    "model.word_embed.weight": (97, 64),
-    "model.layers.0.in_attn_layernorm.weight": (64,),
-    "model.layers.0.attn.q_proj.weight": (64, 64),
-    "model.layers.0.attn.dynamic_mask": (4, 64),
-    "model.layers.0.attn.v_embed.weight": (4, 64),
-    "model.final_layernorm.weight": (64,),
-    "lm_head.weight": (97, 64),
+CASES = {
+    "g1": "g1",
+    "g3": "g3",
+    "g3_moe": "g3",
+    "g4h": "g4h",
+    "g4h_window": "g4h",
+    "g4": "g4",
+    "g4_untied_mha": "g4",
+    "g4_moe": "g4",
+    "g4_window": "g4",
 }
-G3_SHAPES: Shapes = {
+OTHER_SHAPES: Shapes = {
     "model.word_embed.weight": (97, 64),
     "model.layers.0.pre_layernorm.weight": (64,),
-    "model.layers.0.self_attn.A": (4,),
-    "model.layers.0.self_attn.dt_proj.weight": (4, 32),
-    "model.layers.0.feed_forward.gate_proj.weight": (96, 64),
-    "model.final_layernorm.weight": (64,),
+    "model.layers.0.state_space.dt_proj.weight": (4, 32),
 }
+
+
+def shapes_of(generation: str, **overrides: Any) -> dict[str, tuple[int, ...]]:
+    known = generation_named(generation, GENERATIONS)
+    return known.tensor_shapes(known.read_config(config_json(generation, **overrides)))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -39,19 +44,46 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 -- a safetensors handle is no mapping
 
 
-@pytest.mark.parametrize("case", ["g4", "g4_untied_mha", "g4_moe", "g4_window"])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_case_is_recognised_by_its_shapes_alone(
     golden: Callable[[str], Path], case: str
 ) -> None:
-    assert detect_generation(stored_shapes(golden(case)), GENERATIONS) is G4
+    assert detect_generation(stored_shapes(golden(case)), {}, GENERATIONS).name == CASES[case]
 
 
-@pytest.mark.parametrize("case", ["g4", "g4_untied_mha", "g4_moe", "g4_window"])
+@pytest.mark.parametrize("case", CASES)
 def test_golden_case_holds_exactly_the_tensors_of_its_config(
     golden: Callable[[str], Path], case: str
 ) -> None:
-    config = DogeConfig.from_pretrained(golden(case))
-    assert stored_shapes(golden(case)) == G4.tensor_shapes(config)
+    generation = generation_named(CASES[case], GENERATIONS)
+    config = generation.read_config(read_config_json(golden(case)))
+    assert stored_shapes(golden(case)) == generation.tensor_shapes(config)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda g: g.name)
+def test_every_generation_is_told_from_the_others(generation: Generation) -> None:
+    shapes = shapes_of(generation.name)
+    assert detect_generation(shapes, config_json(generation.name), GENERATIONS) is generation
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("g2", None), ("g3", 0.0)])
+def test_config_decides_where_the_tensors_of_g2_and_g3_coincide(
+    name: str, ratio: float | None
+) -> None:
+    config = config_json("g2", num_key_value_heads=4, dynamic_mask_ratio=ratio)
+    shapes = shapes_of("g2", num_key_value_heads=4)
+    assert shapes == shapes_of("g3", num_key_value_heads=4)
+    assert detect_generation(shapes, config, GENERATIONS).name == name
+
+
+def test_published_names_differ_from_the_network_where_the_generation_says_so() -> None:
+    g3, g1 = generation_named("g3", GENERATIONS), generation_named("g1", GENERATIONS)
+    assert g3.published_name("model.layers.11.input_residual") == (
+        "model.layers.11.pre_residual.weight"
+    )
+    assert g3.published_name("model.norm.weight") == "model.final_layernorm.weight"
+    assert g1.published_name("model.layers.0.self_attn.v_keys") == "model.layers.0.attn.v_keys"
+    assert g1.published_name("lm_head.weight") == "lm_head.weight"
 
 
 def test_tensors_of_a_tied_and_an_untied_head() -> None:
@@ -83,52 +115,18 @@ def test_head_dim_need_not_be_hidden_size_over_heads() -> None:
     assert shapes[f"{attention}.q_norm.weight"] == (32,)
 
 
-# Parameters of released configs, counted from the published classes (tied weights once).
-RELEASED = {
-    "Doge-20M": ((8, 256, 512, 2, 1, 32768), {}, 13_118_728),
-    "Doge-60M": ((16, 512, 1024, 4, 2, 32768), {}, 54_571_552),
-    "Doge-160M": ((24, 768, 1536, 6, 3, 32768), {}, 152_676_168),
-    "Doge-20M-MoE": (
-        (8, 256, 512, 2, 1, 32768),
-        {"is_moe": True, "num_experts": 1024, "num_experts_per_tok": 16},
-        17_444_104,
-    ),
-    "Doge-40M": ((8, 256, 1024, 2, 1, 128256), {}, 40_709_384),
-}
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_config_has_the_published_number_of_parameters(name: str) -> None:
-    (layers, hidden, inner, heads, key_heads, vocabulary), more, expected = RELEASED[name]
-    config = DogeConfig.from_dict(
-        config_json(
-            num_hidden_layers=layers,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            vocab_size=vocabulary,
-            **more,
-        )
-    )
-    count = 0
-    for shape in G4.tensor_shapes(config).values():
-        size = 1
-        for extent in shape:
-            size *= extent
-        count += size
-    assert count == expected
-
-
 @pytest.mark.parametrize(
-    "shapes", [G1_SHAPES, G3_SHAPES, {"model.norm.weight": (4,)}, {}], ids=["g1", "g3", "other", ""]
+    "shapes", [OTHER_SHAPES, {"model.norm.weight": (4,)}, {}], ids=["other", "norm", ""]
 )
-def test_unknown_tensors_are_an_error_that_lists_what_was_seen(shapes: Shapes) -> None:
+def test_unknown_tensors_are_an_error_that_lists_what_was_seen_and_what_would_match(
+    shapes: Shapes,
+) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        detect_generation(shapes, GENERATIONS)
+        detect_generation(shapes, {}, GENERATIONS)
     message = str(caught.value)
     assert "match no known generation" in message
-    assert f"g4 ({G4.title})" in message
+    for generation in GENERATIONS:
+        assert f"{generation.name} ({generation.title}): {generation.signature}" in message
     for name in shapes:
         assert name in message
     if not shapes:
@@ -138,28 +136,22 @@ def test_unknown_tensors_are_an_error_that_lists_what_was_seen(shapes: Shapes) -
 def test_error_lists_the_first_layer_only() -> None:
     shapes = {f"model.layers.{i}.pre_layernorm.weight": (64,) for i in range(30)}
     with pytest.raises(UnsupportedModelError) as caught:
-        detect_generation(shapes, GENERATIONS)
+        detect_generation(shapes, {}, GENERATIONS)
     assert "layers.0." in str(caught.value)
     assert "layers.1." not in str(caught.value)
     assert "layers.10." not in str(caught.value)
 
 
-def test_g4_without_the_norm_of_queries_is_not_taken_for_g4() -> None:
-    shapes = {
-        name: shape
-        for name, shape in G4.tensor_shapes(DogeConfig.from_dict(config_json())).items()
-        if "_norm" not in name
-    }
-    with pytest.raises(UnsupportedModelError, match="no known generation"):
-        detect_generation(shapes, GENERATIONS)
-
-
-def test_tensors_that_two_generations_claim_are_an_error_that_names_both() -> None:
-    twin = dataclasses.replace(G4, name="g4b", title="another")
-    shapes = G4.tensor_shapes(DogeConfig.from_dict(config_json()))
-    with pytest.raises(UnsupportedModelError, match=r"match g4 and g4b; exactly one") as caught:
-        detect_generation(shapes, (G4, twin))
-    assert "model.embed_tokens.weight" in str(caught.value)
+@pytest.mark.parametrize(("first", "second"), [("g3", "g4"), ("g1", "g3"), ("g1", "g4h")])
+def test_tensors_of_two_generations_in_one_file_are_an_error_that_names_both(
+    first: str, second: str
+) -> None:
+    shapes = {**shapes_of(first), **shapes_of(second)}
+    with pytest.raises(
+        UnsupportedModelError, match=f"match {first} and {second} at once"
+    ) as caught:
+        detect_generation(shapes, config_json(first), GENERATIONS)
+    assert "model.layers.0.self_attn.dt_proj.weight" in str(caught.value)
 
 
 def test_generation_is_found_by_its_name() -> None:
@@ -167,7 +159,7 @@ def test_generation_is_found_by_its_name() -> None:
 
 
 def test_unknown_name_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="unknown generation 'g9'; known: g4"):
+    with pytest.raises(UnsupportedModelError, match="unknown generation 'g9'; known: g1, g2"):
         generation_named("g9", GENERATIONS)
 
 
@@ -175,7 +167,9 @@ def test_generations_have_names_of_their_own() -> None:
     assert len({generation.name for generation in GENERATIONS}) == len(GENERATIONS)
 
 
-@pytest.mark.parametrize(("score_heads", "expected"), [("key_value", 2), ("query", 4)])
-def test_number_of_scores_follows_the_heads_that_score(score_heads: str, expected: int) -> None:
+@pytest.mark.parametrize(("score_heads", "expected"), [("key_value", 2), ("query", 4), (None, 0)])
+def test_number_of_scores_follows_the_heads_that_score(
+    score_heads: str | None, expected: int
+) -> None:
     generation: Generation = dataclasses.replace(G4, score_heads=score_heads)  # type: ignore[arg-type]
     assert generation.num_score_heads(DogeConfig.from_dict(config_json())) == expected

@@ -30,7 +30,7 @@ def attend_slowly(case: AttentionCase, inputs: tuple[Tensor, ...]) -> list[float
             for head in range(case.Nq):
                 key_head = head * case.Nkv // case.Nq
                 keys, values = key[row][key_head], value[row][key_head]
-                bonus = [s[0] for s in score[row][head * case.N // case.Nq]]
+                bonus = [s[0] for s in score[row % len(score)][head * case.N // case.Nq]]
                 seen = sorted(range(start + token + 1), key=lambda slot: (-bonus[slot], slot))
                 attended = seen[: case.W] if case.W else seen
                 energy = {

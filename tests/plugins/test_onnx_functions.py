@@ -19,8 +19,16 @@ from plugins.dynamic_mask_attention.function import FloatType, make_function
 from plugins.dynamic_mask_attention.op import dynamic_mask_attention_definition
 from plugins.expert_gather.op import expert_gather_definition
 from plugins.onnx_function import OPSET
-from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, OPS
-from tests.op_cases import ATTENTION_CASES, EXPERT_CASES, AttentionCase, ExpertCase
+from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, OPS, VALUE_GATHER
+from plugins.value_gather.op import value_gather_definition
+from tests.op_cases import (
+    ATTENTION_CASES,
+    EXPERT_CASES,
+    VALUE_CASES,
+    AttentionCase,
+    ExpertCase,
+    ValueCase,
+)
 
 
 def one_node_model(
@@ -75,6 +83,11 @@ def expert_model(case: ExpertCase, dtype: torch.dtype = torch.float32) -> onnx.M
     return one_node_model(EXPERT_GATHER, case.inputs(dtype), (case.T, case.H), attributes)
 
 
+def value_model(case: ValueCase, dtype: torch.dtype = torch.float32) -> onnx.ModelProto:
+    attributes: dict[str, int | float] = {"top_k": case.K, "subset_sums": int(case.subset_sums)}
+    return one_node_model(VALUE_GATHER, case.inputs(dtype), (case.T, case.H), attributes)
+
+
 def feeds(custom_op: CustomOp, inputs: tuple[Tensor, ...]) -> dict[str, npt.NDArray[Any]]:
     return {n: tensor.numpy() for n, tensor in zip(custom_op.inputs, inputs, strict=True)}
 
@@ -110,6 +123,10 @@ def defined_experts(case: ExpertCase, inputs: tuple[Tensor, ...]) -> Tensor:
     return expert_gather_definition(
         hidden, scores_x, scores_y, down, up, case.K, case.weight_inside, case.normalize
     )
+
+
+def defined_values(case: ValueCase, inputs: tuple[Tensor, ...]) -> Tensor:
+    return value_gather_definition(*inputs, case.K, case.subset_sums)
 
 
 def assert_close(custom_op: CustomOp, actual: Tensor, expected: Tensor) -> None:
@@ -213,6 +230,22 @@ def test_checker_accepts_the_expert_function(case: ExpertCase) -> None:
     onnx.checker.check_model(expert_model(case), full_check=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", VALUE_CASES, ids=lambda case: case.label)
+def test_value_function_equals_the_definition(case: ValueCase, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    actual = run_in_onnxruntime(value_model(case, dtype), VALUE_GATHER, inputs)
+    assert_close(VALUE_GATHER, actual, defined_values(case, inputs))
+
+
+@pytest.mark.parametrize("case", VALUE_CASES[5:9], ids=lambda case: case.label)
+def test_checker_and_evaluator_accept_the_value_function(case: ValueCase) -> None:
+    model, inputs = value_model(case), case.inputs()
+    onnx.checker.check_model(model, full_check=True)
+    actual = run_in_reference(model, VALUE_GATHER, inputs)
+    assert_close(VALUE_GATHER, actual, defined_values(case, inputs))
+
+
 def test_selection_is_in_the_graph_only_where_it_can_drop_a_key() -> None:
     def op_types(window: int) -> set[str]:
         function = make_function(scale=1.0, keep_window_size=window, query_heads=4, score_heads=2)
@@ -224,10 +257,11 @@ def test_selection_is_in_the_graph_only_where_it_can_drop_a_key() -> None:
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_function_declares_the_names_that_the_registry_gives(op: CustomOp) -> None:
-    if op is DYNAMIC_MASK_ATTENTION:
-        model = attention_model(ATTENTION_CASES[4])
-    else:
-        model = expert_model(EXPERT_CASES[0])
+    model = {
+        DYNAMIC_MASK_ATTENTION.name: attention_model(ATTENTION_CASES[4]),
+        EXPERT_GATHER.name: expert_model(EXPERT_CASES[0]),
+        VALUE_GATHER.name: value_model(VALUE_CASES[0]),
+    }[op.name]
     (function,) = model.functions
     assert (function.domain, function.name) == (DOMAIN, op.name)
     assert tuple(function.input) == op.inputs

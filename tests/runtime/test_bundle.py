@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from model.config import DogeConfig
+from model.config import SEED_FIELDS, DogeConfig
 from runtime.bundle import Bundle, config_from_dict, sha256_of
 from tests.fake_bundle import CONFIG, FILES, LIMITS, fake_manifest, write_fake_bundle
+from tests.tiny_doge import config_json
 
 ENGINE = "engines/tensorrt_rtx-sm89-fp16.engine"
 
@@ -298,10 +299,18 @@ def test_a_config_survives_the_manifest(eos):
 
 def test_every_field_of_the_config_is_needed():
     for field in dataclasses.fields(DogeConfig):
+        if field.name in SEED_FIELDS:
+            continue
         values = CONFIG.as_dict()
         del values[field.name]
         with pytest.raises(ValueError, match=f"config.{field.name} is missing"):
             config_from_dict(values)
+
+
+def test_fields_of_the_seed_generation_are_there_for_it_alone():
+    assert not set(SEED_FIELDS) & set(CONFIG.as_dict())
+    seed = DogeConfig.from_dict(config_json("g1"), seed=True)
+    assert config_from_dict(json.loads(json.dumps(seed.as_dict()))) == seed
 
 
 def test_the_hash_of_a_file_longer_than_one_read_is_that_of_its_bytes(tmp_path):

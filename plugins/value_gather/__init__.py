@@ -1,0 +1,1 @@
+"""The custom op of this name: definition, ONNX function, later kernel and plugin."""
