@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: python export/build_engine.py --model DIR. Needs no GPU."""
+"""Checkpoint to bundle: python export/build_engine.py --model DIR|ORG/NAME. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from export.engine import PRECISIONS, EngineBuildError, EngineConfig
 from export.estimate import estimate
 from export.pipeline import BuildRequest, BuildResult, build_bundle
 from export.progress import BuildProgress
-from export.sources import checkpoint_folder, read_checkpoint
+from export.sources import locate_checkpoint, read_checkpoint
 from model.config import DogeConfig, UnsupportedModelError
 from model.generations import Generation
+from model.hub import CheckpointDownloadError, ModelLocation
 from model.released import RELEASED_SHAPES, released_shape
 from runtime.backends.base import BackendUnavailableError
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
@@ -24,6 +25,7 @@ from runtime.tensorrt_module import PRODUCTS
 ERRORS = (
     BackendUnavailableError,
     BundleWriteError,
+    CheckpointDownloadError,
     EngineBuildError,
     ExportCheckError,
     OSError,
@@ -36,7 +38,11 @@ def make_parser() -> CommandParser:
     """The command's flags; defaults that depend on the checkpoint are said in words."""
     parser = CommandParser("build_engine", "Build a bundle from a Doge checkpoint.")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="DIR", help="checkpoint folder (the bundled doge-tiny)")
+    source.add_argument(
+        "--model",
+        metavar="DIR|ORG/NAME[@REV]",
+        help="checkpoint folder, or repository of the Hugging Face hub (the bundled doge-tiny)",
+    )
     source.add_argument(
         "--random-weights", metavar="NAME", help=f"one of {', '.join(RELEASED_SHAPES)}"
     )
@@ -67,14 +73,14 @@ def make_parser() -> CommandParser:
 
 def run(args: argparse.Namespace) -> int:
     """Build, or estimate with `--dry-run`, and print the result."""
-    folder, config, generation, name = _read_shape(args)
+    location, config, generation, name = _read_shape(args)
     engine = _engine_config(args, config)
     output = args.output or Path("build") / name
     if args.dry_run:
         _print_estimate(args, config, generation, engine, output)
         return SUCCESS
     request = BuildRequest(
-        folder=folder,
+        location=location,
         random_shape=args.random_weights,
         output=output,
         engine=None if args.backend == "none" else engine,
@@ -93,16 +99,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_shape(
     args: argparse.Namespace,
-) -> tuple[Path | None, DogeConfig, Generation, str]:
-    """Checkpoint folder, architecture, generation and the bundle's short name."""
+) -> tuple[ModelLocation | None, DogeConfig, Generation, str]:
+    """Where the checkpoint is, architecture, generation and the bundle's short name."""
     if args.random_weights is not None:
         shape = released_shape(args.random_weights)
         config = shape.config
         if args.router is not None:
             config = config.with_router_mode(args.router)
         return None, config, shape.generation, args.random_weights
-    checkpoint = read_checkpoint(checkpoint_folder(args.model), args.router)
-    return checkpoint.folder, checkpoint.config, checkpoint.generation, checkpoint.name
+    checkpoint = read_checkpoint(locate_checkpoint(args.model, quiet=args.quiet), args.router)
+    return checkpoint.location, checkpoint.config, checkpoint.generation, checkpoint.name
 
 
 def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig:

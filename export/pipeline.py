@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from export.bundle_writer import BundleWriter, same_source
 from export.checks import check_numbers, check_structure
 from export.engine import (
@@ -24,11 +22,13 @@ from export.engine import (
     check_builder,
 )
 from export.graph import MODEL_NAME, export_onnx
-from export.lowerings.half_precision import HalfType, lower_to_half
+from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
 from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
+from model.hub import ModelLocation
+from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
 from runtime.bundle import Bundle
 from runtime.manifest import BundleFile, Manifest, Source, Variant
@@ -52,7 +52,7 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        folder: the checkpoint, or None for random weights.
+        location: the checkpoint, or None for random weights.
         random_shape: name of a released shape for random weights, or None.
         output: folder of the bundle.
         engine: the engine to build, None for none.
@@ -62,7 +62,7 @@ class BuildRequest:
         force: build everything anew instead of adding to a bundle of the same source.
     """
 
-    folder: Path | None
+    location: ModelLocation | None
     random_shape: str | None
     output: Path
     engine: EngineConfig | None
@@ -117,7 +117,8 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
     """
     if request.engine is not None:
         check_builder(request.engine)
-    with BundleWriter(request.output, checkpoint=request.folder) as writer, progress.shown():
+    folder = None if request.location is None else request.location.folder
+    with BundleWriter(request.output, checkpoint=folder) as writer, progress.shown():
         with progress.stage("read checkpoint"):
             checkpoint = _checkpoint(request, writer)
             source = describe_source(checkpoint, request.random_shape)
@@ -141,9 +142,9 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
 def _checkpoint(request: BuildRequest, writer: BundleWriter) -> Checkpoint:
     if request.random_shape is not None:
         return write_random(writer.folder / "checkpoint", request.random_shape, request.router_mode)
-    if request.folder is None:
-        raise AssertionError("a request has a folder or a shape")
-    return read_checkpoint(request.folder, request.router_mode)
+    if request.location is None:
+        raise AssertionError("a request has a checkpoint or a shape")
+    return read_checkpoint(request.location, request.router_mode)
 
 
 class _Build:
@@ -204,14 +205,23 @@ class _Build:
         with progress.stage("load checkpoint"):
             network = load_checkpoint(self._checkpoint.folder, router_mode=request.router_mode)
         with progress.stage("export ONNX"):
+            slots = request.limits.max_seq_len
+            rewritten, rewrites = rewrite_for_export(network, slots)
+            for rewrite in rewrites:
+                logger.info("%s", rewrite)
             path = self._writer.path_for(MODEL_NAME)
-            export_onnx(network, path, max_seq_len=request.limits.max_seq_len)
+            export_onnx(rewritten, path, max_seq_len=slots)
         with progress.stage("check ONNX"):
             contract = self.contract()
-            self._checks["onnx_structure"] = check_structure(path, contract, network)
+            self._checks["onnx_structure"] = check_structure(path, contract, rewritten)
             self._checks["onnxruntime_against_torch"] = check_numbers(
                 path, contract, network, request.limits
             )
+        if rewrites:
+            self._checks["rewrites"] = {
+                rewrite.name: {"applied": rewrite.applied, "reason": rewrite.reason}
+                for rewrite in rewrites
+            }
         self._writer.add_file("onnx", MODEL_NAME)
         self._writer.add_file("weights", f"{MODEL_NAME}.data")
         self._variants.append(
@@ -227,10 +237,8 @@ class _Build:
         dtype = DTYPES[config.precision]
         contract = self.contract(dtype)
         with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
-            lowered = canonical
-            if dtype != "float32":
-                with self._progress.stage(f"lower to {config.precision}"):
-                    lowered = _lower(canonical, Path(scratch), dtype)
+            with self._progress.stage(f"lower to {config.precision}"):
+                lowered = lower_for_tensorrt(canonical, Path(scratch), dtype)
             with self._progress.stage("build engine"):
                 built = build_engine(lowered, config, contract, self._progress)
         relative = f"engines/{config.file_name}"
@@ -307,15 +315,6 @@ def _preference(variant: Variant) -> int:
 def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:
     """Checkpoint and tokenizer are linked anew, the engine that is built now is replaced."""
     return file.role not in {"checkpoint", "tokenizer"} and file.path != rebuilt
-
-
-def _lower(canonical: Path, folder: Path, dtype: str) -> Path:
-    half: HalfType = "bfloat16" if dtype == "bfloat16" else "float16"
-    model = ir.load(canonical)
-    lower_to_half(model, half)
-    path = folder / f"{half}.onnx"
-    ir.save(model, path, external_data=f"{path.name}.data")
-    return path
 
 
 def _engine_details(

@@ -1,9 +1,8 @@
-"""Where a checkpoint comes from: a folder, the bundled one, or random weights of a named shape."""
+"""Where a checkpoint comes from: a folder, the hub, the bundled one, or random weights."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import model
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointHeader, inspect_checkpoint
 from model.config import DogeConfig
 from model.generations import Generation
+from model.hub import TOKENIZER_FILES, ModelLocation, resolve_model
 from model.random_weights import write_random_checkpoint
 from model.released import released_shape
 from runtime.bundle import sha256_of
@@ -18,15 +18,6 @@ from runtime.manifest import Source
 
 BUNDLED_CHECKPOINT = Path(model.__file__).parent / "checkpoints" / "doge-tiny"
 RANDOM_SEED = 0
-# What a tokenizer folder may hold; `tokenizer.json` makes it one.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +25,26 @@ class Checkpoint:
     """A checkpoint whose headers have been read and fit its config.
 
     Attributes:
-        folder: where it lies.
-        name: a short name for the bundle's folder.
+        location: where it lies, and where it is from.
         config: the architecture, with the router mode that was asked for.
         generation: which Doge it is.
         header: names, shapes and files of its tensors.
     """
 
-    folder: Path
-    name: str
+    location: ModelLocation
     config: DogeConfig
     generation: Generation
     header: CheckpointHeader
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.location.folder
+
+    @property
+    def name(self) -> str:
+        """A short name for the bundle's folder."""
+        return self.location.name
 
     @property
     def files(self) -> list[Path]:
@@ -61,40 +60,28 @@ class Checkpoint:
         return [f for name in TOKENIZER_FILES if (f := self.folder / name).is_file()]
 
 
-def checkpoint_folder(model_argument: str | None) -> Path:
-    """The folder that `--model` names; the bundled checkpoint when it is not given.
+def locate_checkpoint(model_argument: str | None, *, quiet: bool = False) -> ModelLocation:
+    """What `--model` names, downloaded if need be; the bundled checkpoint when it is not given.
 
     Raises:
-        FileNotFoundError: there is no such folder; a hub id is said to be one.
+        FileNotFoundError: there is no such folder, and it cannot be a hub id.
+        CheckpointDownloadError: as `model.hub.download_checkpoint`.
+        UnsupportedModelError: likewise.
     """
     if model_argument is None:
-        return BUNDLED_CHECKPOINT
-    folder = Path(model_argument)
-    if not folder.exists() and _HUB_ID.fullmatch(model_argument):
-        raise FileNotFoundError(
-            f"there is no folder {model_argument}; if it is a hub id, --model takes folders only "
-            "so far: "
-            "download the repository's safetensors, config.json and tokenizer files and name "
-            "their folder"
-        )
-    return folder
+        return ModelLocation(folder=BUNDLED_CHECKPOINT)
+    return resolve_model(model_argument, quiet=quiet)
 
 
-def read_checkpoint(folder: Path, router_mode: str | None) -> Checkpoint:
-    """Read and check config and headers of the checkpoint in `folder`.
+def read_checkpoint(location: ModelLocation, router_mode: str | None) -> Checkpoint:
+    """Read and check config and headers of the checkpoint at `location`.
 
     Raises:
         FileNotFoundError: as `model.checkpoint.inspect_checkpoint`.
         UnsupportedModelError: likewise.
     """
-    config, generation, header = inspect_checkpoint(folder, router_mode)
-    return Checkpoint(
-        folder=folder,
-        name=folder.resolve().name,
-        config=config,
-        generation=generation,
-        header=header,
-    )
+    config, generation, header = inspect_checkpoint(location.folder, router_mode)
+    return Checkpoint(location=location, config=config, generation=generation, header=header)
 
 
 def write_random(folder: Path, name: str, router_mode: str | None) -> Checkpoint:
@@ -106,7 +93,7 @@ def write_random(folder: Path, name: str, router_mode: str | None) -> Checkpoint
     shape = released_shape(name)
     folder.mkdir(parents=True, exist_ok=True)
     write_random_checkpoint(folder, shape, RANDOM_SEED)
-    return read_checkpoint(folder, router_mode)
+    return read_checkpoint(ModelLocation(folder=folder), router_mode)
 
 
 def describe_source(checkpoint: Checkpoint, shape: str | None) -> Source:
@@ -122,4 +109,9 @@ def describe_source(checkpoint: Checkpoint, shape: str | None) -> Source:
         return Source(
             kind="random", name=shape, revision=f"seed {RANDOM_SEED}", weights_sha256=digest
         )
-    return Source(kind="folder", name=checkpoint.name, weights_sha256=digest)
+    location = checkpoint.location
+    if location.repo_id is not None:
+        return Source(
+            kind="hub", name=location.repo_id, revision=location.revision, weights_sha256=digest
+        )
+    return Source(kind="folder", name=location.name, weights_sha256=digest)

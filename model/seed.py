@@ -32,6 +32,8 @@ class InnerFunctionAttention(nn.Module):
             gone; None while the mask is read as it is stored.
         value_gate: the product of `v_queries` and `v_keys`, which are then gone.
         value_sums: the sums of every set of rows of `v_embed`, which is then gone.
+        value_scale: [H], the rows that are picked whatever the token, once that is known;
+            retrieval is then gone.
     """
 
     mask_bias: Tensor | None
@@ -56,16 +58,13 @@ class InnerFunctionAttention(nn.Module):
         self.register_buffer("mask_bias", None, persistent=False)
         self.value_gate: nn.Linear | None = None
         self.value_sums: nn.Embedding | None = None
+        self.value_scale: nn.Parameter | None = None
 
     @property
     def custom_ops(self) -> tuple[str, ...]:
         """ONNX names of the custom ops that one forward pass applies."""
-        return (*(["ValueGather"] if self.retrieves else []), "DynamicMaskAttention")
-
-    @property
-    def retrieves(self) -> bool:
-        """Whether values are retrieved; once a constant stands for them, o_proj holds it."""
-        return self.v_embed is not None or self.value_sums is not None
+        retrieval = () if self.value_scale is not None else ("ValueGather",)
+        return (*retrieval, "DynamicMaskAttention")
 
     def bias_of_mask(self, slots: int) -> Tensor:
         """The stored mask of the first `slots` keys as a bias, float32 [1, H, slots, 1].
@@ -88,10 +87,12 @@ class InnerFunctionAttention(nn.Module):
         return bias[None, :, :, None]
 
     def inner_values(self, x: Tensor) -> Tensor:
-        """The sum of the rows that each token of x [B, S, H] retrieves, [B, S, H]."""
+        """The sum of the rows that each token of x [B, S, H] retrieves, [B, S, H] or [H]."""
+        if self.value_scale is not None:
+            return self.value_scale
         table = self.v_embed if self.value_sums is None else self.value_sums
         if table is None:
-            raise AssertionError("the rows are gone once they are folded into o_proj")
+            raise AssertionError("rows are in v_embed or in value_sums")
         B, S, H = x.shape
         if self.value_gate is not None:
             scores = self.value_gate(x).view(B * S, self.value_heads, -1)
@@ -121,11 +122,8 @@ class InnerFunctionAttention(nn.Module):
         """Attend from x [B, S, H]; without a `past`, the step's own tokens are all there is."""
         B, S, _ = x.shape
         by_head = (B, S, -1, self.head_dim)
-        if self.retrieves:
-            value = (x * self.inner_values(x)).view(by_head).transpose(1, 2)
-            value = tap(value, f"{layer}.value")
-        else:  # the factor is in o_proj, so this is not the published value
-            value = x.view(by_head).transpose(1, 2)
+        value = (x * self.inner_values(x)).view(by_head).transpose(1, 2)
+        value = tap(value, f"{layer}.value")
         query = self.q_proj(x).view(by_head).transpose(1, 2)
         query = tap(rotary_embedding(query, *rotary, position_ids), f"{layer}.query")
         key = tap(self.k_proj(x).view(by_head).transpose(1, 2), f"{layer}.key")

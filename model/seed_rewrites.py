@@ -9,7 +9,7 @@ computes the checkpoint as published, so the check after an export compares the 
     stored mask     with no zero among the keys in use it hides nothing: one zero bias for all
                     heads; otherwise its zeros become a bias per head
     inner values    with value keys that are all zero every score is a tie and the lowest rows are
-                    picked always: their sum is a constant per channel, folded into o_proj
+                    picked always: their sum is a constant factor per channel
     value subsets   otherwise: sums of every set of rows a head can pick, one row to look up
     merged routers  queries and keys of a retrieval are two projections in a row: their product
 
@@ -86,7 +86,7 @@ def rewrite_for_export(
     with torch.no_grad():
         done = [
             _bake_masks(attentions, slots),
-            *_fold_inner_values(attentions),
+            *_fix_inner_values(attentions),
             _merge_routers(moes),
         ]
     return rewritten.requires_grad_(False).eval(), done
@@ -107,15 +107,15 @@ def _bake_masks(attentions: list[InnerFunctionAttention], slots: int) -> Rewrite
     return Rewrite(name="stored mask dropped (R14)", applied=not zeros, reason=reason)
 
 
-def _fold_inner_values(attentions: list[InnerFunctionAttention]) -> Iterator[Rewrite]:
+def _fix_inner_values(attentions: list[InnerFunctionAttention]) -> Iterator[Rewrite]:
     keys = [_required(attention.v_keys) for attention in attentions]
     untouched = sum(not key.any() for key in keys)
     folded = untouched == len(keys)
     if folded:
         for attention in attentions:
-            _fold_constant(attention)
+            _fix_constant(attention)
     yield Rewrite(
-        name="inner values folded into o_proj (R11)",
+        name="inner values made a constant (R11)",
         applied=folded,
         reason=f"value keys are all zero in {untouched} of {len(keys)} layers",
     )
@@ -134,11 +134,14 @@ def _fold_inner_values(attentions: list[InnerFunctionAttention]) -> Iterator[Rew
     )
 
 
-def _fold_constant(attention: InnerFunctionAttention) -> None:
-    """Values become the normed input itself; the constant scales the inputs of o_proj."""
+def _fix_constant(attention: InnerFunctionAttention) -> None:
+    """Retrieval gives the same sum for every token; it stays a factor of its own.
+
+    It could go into the columns of o_proj, but TensorRT-RTX 1.7.1 then fails ("uses before defs"):
+    the cache would be written with a bare view of the norm's output.
+    """
     rows = _required(attention.v_embed).weight[: attention.values_per_head]
-    constant = attention.value_heads * rows.sum(0)  # [H]
-    attention.o_proj = _projection(attention.o_proj.weight * constant)
+    attention.value_scale = nn.Parameter(attention.value_heads * rows.sum(0))  # [H]
     attention.v_embed = attention.v_queries = attention.v_keys = None
 
 

@@ -30,6 +30,7 @@ TORCH_FREE = (
     "model/config.py",
     "model/contract.py",
     "model/generations/*.py",
+    "model/hub.py",
     "model/released.py",
     "runtime/*.py",
 )
@@ -44,12 +45,16 @@ DOORS: dict[str, tuple[str, ...]] = {
     "onnxscript": ("export/*",),
     "onnx_ir": ("plugins/onnx_function.py", "plugins/*/function.py", "export/*"),
     "triton": ("plugins/*/kernel.py",),
+    "huggingface_hub": ("model/hub.py",),
+    "httpx2": ("model/hub.py",),
+    "transformers": ("model/transformers_reference.py",),
 }
 # The files that import a module whose name is not written at the import.
 DYNAMIC_IMPORTS = (
     "plugins/custom_op.py",
     "runtime/tensorrt_module.py",
     "runtime/backends/__init__.py",
+    "runtime/audit.py",
     "export/dogetrt.py",
 )
 
@@ -57,6 +62,8 @@ DYNAMIC_IMPORTS = (
 IMPORT_NAMES: dict[str, tuple[str, ...]] = {
     "cuda-python": ("cuda",),
     "doge-tensorrt": (),
+    "httpx2": ("httpx2",),
+    "huggingface_hub": ("huggingface_hub",),
     "hypothesis": ("hypothesis",),
     "jinja2": ("jinja2",),
     "mypy": ("mypy", "mypyc"),
@@ -348,6 +355,8 @@ VIOLATIONS: tuple[tuple[Rule, dict[str, str]], ...] = (
     (imports_beside_the_door, {"plugins/op/function.py": "import onnxscript\n"}),
     (imports_beside_the_door, {"model/doge.py": "from onnx_ir import tape\n"}),
     (imports_beside_the_door, {"plugins/op/plugin.py": "def f():\n    import triton\n"}),
+    (imports_beside_the_door, {"export/a.py": "def f():\n    from huggingface_hub import HfApi\n"}),
+    (imports_beside_the_door, {"model/doge.py": "from transformers import DogeConfig\n"}),
     (
         imports_beside_the_door,
         {"export/a.py": "from importlib import import_module\nimport_module('tensorrt')\n"},

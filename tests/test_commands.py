@@ -221,17 +221,6 @@ def test_dry_run_prints_sizes_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tail", ["", "@main"])
-def test_a_hub_id_is_told_apart_from_a_folder(call: Call, tmp_path: Path, tail: str) -> None:
-    outcome = call(
-        build_engine.main, "--model", f"SmallDoge/Doge-20M{tail}", "--output", tmp_path / "b"
-    )
-    assert outcome.status == FAILURE
-    assert "folders only" in outcome.err
-    assert "SmallDoge/Doge-20M" in outcome.err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_model_that_is_a_file_is_refused(call: Call, tiny_moe: Path, tmp_path: Path) -> None:
     file = tiny_moe / "model.safetensors"
     outcome = call(build_engine.main, "--model", file, "--output", tmp_path / "b")

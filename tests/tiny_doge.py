@@ -90,7 +90,12 @@ def random_tensors(config: Mapping[str, Any], seed: int, generation: str = "g4")
 
 
 def write_checkpoint(
-    folder: Path, *, generation: str = "g4", seed: int = 0, **overrides: Any
+    folder: Path,
+    *,
+    generation: str = "g4",
+    seed: int = 0,
+    untrained: bool = False,
+    **overrides: Any,
 ) -> Path:
     """Write config.json and model.safetensors of a random checkpoint.
 
@@ -98,6 +103,8 @@ def write_checkpoint(
         folder: made when it is missing.
         generation: name of its generation.
         seed: of the weights.
+        untrained: leave the seed generation's stored mask at one and its value keys at zero, as
+            its training does.
         overrides: fields of config.json, e.g. `tie_word_embeddings=False` or `**MOE`.
 
     Returns:
@@ -106,7 +113,12 @@ def write_checkpoint(
     config = config_json(generation, **overrides)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(random_tensors(config, seed, generation), folder / "model.safetensors")
+    tensors = random_tensors(config, seed, generation)
+    if untrained:
+        for name, array in tensors.items():
+            if name.endswith((".dynamic_mask", ".v_keys")):
+                tensors[name] = np.full_like(array, name.endswith("mask"))
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

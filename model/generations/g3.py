@@ -72,7 +72,7 @@ def _read_config(data: Mapping[str, Any]) -> DogeConfig:
 G3 = Generation(
     name="g3",
     title="remote code of early 2025: scores per query head, no q/k norm, no selection",
-    signature="model.word_embed, pre_layernorm and self_attn.dt_proj over the values of the key/value heads",
+    signature="model.word_embed, pre_layernorm and self_attn.dt_proj as wide as v_proj gives",
     recognises=_recognises,
     layer_shapes=_layer_shapes,
     parts=PARTS,

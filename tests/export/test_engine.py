@@ -14,7 +14,7 @@ import pytest
 from export.engine import EngineBuildError, EngineConfig, build_engine, check_builder
 from export.estimate import estimate
 from export.graph import export_onnx
-from export.lowerings.half_precision import lower_to_half
+from export.lowerings.tensorrt import lower_for_tensorrt
 from export.profiles import step_profiles
 from export.progress import BuildProgress
 from model.checkpoint import load_checkpoint
@@ -23,6 +23,7 @@ from model.released import RELEASED_SHAPES
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import BackendUnavailableError, Limits
 from runtime.tensorrt_module import load_tensorrt
+from tests.tiny_doge import write_checkpoint
 
 GOLDEN_CASES = (
     "g1",
@@ -80,8 +81,7 @@ def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path
     network = load_checkpoint(request.getfixturevalue(kind))
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[precision]
     path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
-    if dtype != "float32":
-        path = _lowered(path, dtype)
+    path = lower_for_tensorrt(path, tmp_path, dtype)
     contract = step_contract(network.config, network.generation, max_seq_len=64, cache_dtype=dtype)
     config = EngineConfig(precision=precision, max_input_len=64, max_seq_len=64)
     built = build_engine(path, config, contract, BuildProgress(quiet=True))
@@ -97,7 +97,8 @@ def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path
 def test_engine_for_sm89_builds_for_every_golden_case(golden, case, tmp_path):
     network = load_checkpoint(golden(case))
     rewritten, _ = rewrite_for_export(network, 64)
-    path = _lowered(export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64), "float16")
+    path = export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64)
+    path = lower_for_tensorrt(path, tmp_path, "float16")
     contract = step_contract(
         network.config, network.generation, max_seq_len=64, cache_dtype="float16"
     )
@@ -108,6 +109,21 @@ def test_engine_for_sm89_builds_for_every_golden_case(golden, case, tmp_path):
     assert built.report.cache_updates == len(cache_kinds(network.generation)) * layers
     # Both profiles run every attention as one fused kernel.
     assert built.report.fused_attention == 2 * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_engine_builds_for_a_seed_whose_retrieval_is_a_constant(tmp_path, dtype):
+    """As published checkpoints are expected to be: mask all one, value keys all zero."""
+    network = load_checkpoint(write_checkpoint(tmp_path, generation="g1", untrained=True))
+    rewritten, _ = rewrite_for_export(network, 64)
+    path = export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64)
+    path = lower_for_tensorrt(path, tmp_path, dtype)
+    contract = step_contract(network.config, network.generation, max_seq_len=64, cache_dtype=dtype)
+    precision = {"float16": "fp16", "float32": "fp32"}[dtype]
+    config = EngineConfig(precision=precision, max_input_len=64, max_seq_len=64)
+    built = build_engine(path, config, contract, BuildProgress(quiet=True))
+    assert built.report.attention == network.config.num_hidden_layers
 
 
 @pytest.mark.slow
@@ -122,14 +138,6 @@ def test_model_that_breaks_the_contract_builds_no_engine(tiny_dense, tmp_path):
     config = EngineConfig(precision="fp32", max_input_len=64, max_seq_len=64)
     with pytest.raises(EngineBuildError, match="scores"):
         build_engine(broken, config, contract, BuildProgress(quiet=True))
-
-
-def _lowered(path: Path, dtype: str) -> Path:
-    model = ir.load(path)
-    lower_to_half(model, dtype)
-    lowered = path.with_name(f"{dtype}.onnx")
-    ir.save(model, lowered, external_data=f"{lowered.name}.data")
-    return lowered
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def applied(folder: Path, slots: int = 40) -> tuple[DogeForCausalLM, dict[str, b
 
 MASK, FOLD, TABLE, ROUTER = (
     "stored mask dropped (R14)",
-    "inner values folded into o_proj (R11)",
+    "inner values made a constant (R11)",
     "value subsets tabled (R10)",
     "expert queries and keys merged (R13)",
 )
@@ -90,6 +90,7 @@ def test_untrained_checkpoint_loses_mask_retrieval_and_router_keys(tmp_path: Pat
         "q_proj.weight",
         "k_proj.weight",
         "o_proj.weight",
+        "value_scale",
     }
     assert mlp.queries is None
     assert mlp.keys is None
