@@ -116,8 +116,8 @@ def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig
     max_seq_len = config.max_position_embeddings if args.max_seq_len is None else args.max_seq_len
     if max_seq_len > config.max_position_embeddings:
         raise UsageError(
-            f"--max-seq-len {max_seq_len} exceeds the {config.max_position_embeddings} positions "
-            "up to which the checkpoint's rotary embedding is defined"
+            f"--max-seq-len {max_seq_len} exceeds the {config.max_position_embeddings} tokens up "
+            "to which the checkpoint is defined (docs/reference.md, Length)"
         )
     return EngineConfig(
         backend="tensorrt_rtx" if args.backend == "none" else args.backend,

@@ -45,7 +45,11 @@ class Estimate:
 
 
 def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -> Estimate:
-    """Estimate a build from the shapes of its tensors."""
+    """Estimate a build from the shapes of its tensors, all of them counted.
+
+    Rotary tables come on top; what an export leaves out of a seed (its stored mask, for one) is
+    known only from the weights.
+    """
     sizes = {name: prod(shape) for name, shape in generation.tensor_shapes(config).items()}
     item = DTYPE_BYTES[DTYPES[engine.precision]]
     contract = step_contract(
@@ -55,7 +59,10 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
         cache_dtype=DTYPES[engine.precision],
     )
     per_token = contract.bytes_per_token()
-    read = sum(_read_per_token(name, size, config) for name, size in sizes.items()) * item
+    embedding = generation.published_name("model.embed_tokens.weight")
+    read = (
+        sum(_read_per_token(name, size, config, embedding) for name, size in sizes.items()) * item
+    )
     return Estimate(
         parameters=sum(sizes.values()),
         onnx_bytes=sum(sizes.values()) * DTYPE_BYTES["float32"],
@@ -67,10 +74,13 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
     )
 
 
-def _read_per_token(name: str, size: int, config: DogeConfig) -> int:
+def _read_per_token(name: str, size: int, config: DogeConfig, embedding: str) -> int:
     """Numbers of a tensor that one token's step reads."""
-    if name.endswith(("mlp.down_embed.weight", "mlp.up_embed.weight")):
+    if name.endswith((".down_embed.weight", ".up_embed.weight")):
+        if config.is_seed:
+            picked = config.num_cdmmoe_heads * config.num_cdmmoe_experts_per_head
+            return size // config.num_cdmmoe_experts * picked
         return size // config.num_experts * config.num_experts_per_tok
-    if name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+    if name == embedding and not config.tie_word_embeddings:
         return size // config.vocab_size
     return size

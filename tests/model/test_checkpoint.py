@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
 from model.checkpoint import inspect_checkpoint, load_checkpoint, read_header
-from model.config import UnsupportedModelError
+from model.config import DogeConfig, UnsupportedModelError
+from model.generations import GENERATIONS, Generation, generation_named
 from tests.tiny_doge import MOE, Tensors, config_json, random_tensors, write_checkpoint
 
 WEIGHTS = "model.safetensors"
@@ -343,3 +345,83 @@ def test_existing_file_outside_the_folder_is_not_read_either(folder: Path) -> No
     shard.rename(folder.parent / "model.safetensors")
     write_index(folder, {"weight_map": {EMBEDDING: "../model.safetensors"}})
     assert "points out of its folder" in refusal(folder)
+
+
+# --- other generations ---
+
+
+@pytest.mark.parametrize("generation", ["g1", "g2_first", "g2", "g3", "g4h"])
+def test_every_generation_loads_with_each_tensor_under_its_published_name(
+    tmp_path: Path, generation: str
+) -> None:
+    folder = write_checkpoint(tmp_path, generation=generation)
+    network = load_checkpoint(folder)
+    parameters = network.published_parameters()
+    stored = load_file(folder / "model.safetensors")
+    left_out = set(stored) - set(parameters)
+    assert network.generation.name == generation
+    assert {name.rpartition("attn.")[2] for name in left_out} == (
+        {"A", "dt_proj.weight"} if generation.startswith("g2") else set()
+    )
+    for name, parameter in parameters.items():
+        np.testing.assert_array_equal(parameter.numpy(), stored[name])
+
+
+def test_g3_checkpoint_dressed_up_as_g4_is_refused_by_its_scores(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, generation="g3")
+    file = tmp_path / "model.safetensors"
+    g3, g4 = generation_named("g3", GENERATIONS), generation_named("g4", GENERATIONS)
+    config = g3.read_config(config_json("g3"))
+    tensors = load_file(file)
+    published = dict(zip(g3.tensor_shapes(config), tensors_in_g4_names(g3, config), strict=True))
+    renamed = {published[name]: array for name, array in tensors.items()}
+    for name, shape in g4.tensor_shapes(config).items():
+        if name not in renamed:  # the norms of queries and keys, at their neutral value
+            renamed[name] = np.ones(shape, np.float32)
+    save_file(renamed, file)
+    message = refusal(tmp_path)
+    assert "self_attn.A has shape [4], expected [2]" in message
+    assert "one score per query head belongs to g3 and g4h, norms of queries" in message
+
+
+def tensors_in_g4_names(generation: Generation, config: DogeConfig) -> list[str]:
+    """The network's names of a generation's tensors, in the order of `tensor_shapes`."""
+    plain = dataclasses.replace(generation, parts={})
+    return list(plain.tensor_shapes(config))
+
+
+def test_context_of_g3_ends_at_its_window(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, generation="g3", keep_window_size=40)
+    config, _, _ = inspect_checkpoint(tmp_path)
+    assert config.max_position_embeddings == 40
+    write_checkpoint(tmp_path, generation="g4h", keep_window_size=40)
+    config, _, _ = inspect_checkpoint(tmp_path)
+    assert config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("generation", ["g2_first", "g2"])
+def test_mask_of_g2_that_would_hide_keys_is_refused(tmp_path: Path, generation: str) -> None:
+    write_checkpoint(tmp_path, generation=generation)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("attn.A") and "layers.1." in name)
+    for value in (-0.25, np.nan):
+        tensors[name][2] = value
+        save_file(tensors, file)
+        inspect_checkpoint(tmp_path)  # the values are not looked at yet
+        with pytest.raises(UnsupportedModelError, match=f"{name} goes down to {value}; generation"):
+            load_checkpoint(tmp_path)
+
+
+def test_experts_in_g2_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, generation="g2")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(config_json("g2", **MOE)), encoding="utf-8")
+    assert "is_moe is true in a checkpoint of generation g2" in refusal(tmp_path)
+
+
+def test_two_generations_in_one_file_are_refused(tmp_path: Path) -> None:
+    g3 = load_file(write_checkpoint(tmp_path / "g3", generation="g3") / "model.safetensors")
+    folder = write_checkpoint(tmp_path / "g4")
+    save_file({**g3, **load_file(folder / "model.safetensors")}, folder / "model.safetensors")
+    assert "match g3 and g4 at once; a checkpoint has one form" in refusal(folder)
