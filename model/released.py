@@ -75,10 +75,17 @@ def _dense_or_moe(
     )
 
 
-def _seed(layers: int, heads: int, positions: int, parameters: int) -> ReleasedShape:
-    """A seed model: its other numbers follow from the number of heads, each of size 128."""
+def _early(
+    generation: Generation,
+    layers: int,
+    heads: int,
+    parameters: int,
+    *,
+    positions: int = 2048,
+) -> ReleasedShape:
+    """A shape of 2024: heads of size 128, untied, with the ids of its tokenizer."""
     return ReleasedShape(
-        generation=G1,
+        generation=generation,
         parameters=parameters,
         config=DogeConfig(
             vocab_size=32768,
@@ -94,39 +101,25 @@ def _seed(layers: int, heads: int, positions: int, parameters: int) -> ReleasedS
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
-            num_inner_values=heads,
-            num_inner_value_heads=heads // 2,
-            num_value_per_head=heads // 2,
-            inner_values_retrieval_size=128,
-            num_cdmmoe_experts=512 * heads,
-            num_cdmmoe_heads=heads // 2,
-            num_cdmmoe_experts_per_head=heads,
-            private_expert_retrieval_size=256,
         ),
     )
 
 
-def _second(layers: int, heads: int, parameters: int) -> ReleasedShape:
-    """A first upload of December 2024, untied and with the seed's tokenizer."""
-    return ReleasedShape(
-        generation=G2_FIRST,
-        parameters=parameters,
-        config=DogeConfig(
-            vocab_size=32768,
-            hidden_size=128 * heads,
-            intermediate_size=512 * heads,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=128,
-            max_position_embeddings=2048,
-            keep_window_size=2048,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
+def _seed(layers: int, heads: int, positions: int, parameters: int) -> ReleasedShape:
+    """A seed model: its own numbers follow from the number of heads."""
+    shape = _early(G1, layers, heads, parameters, positions=positions)
+    config = replace(
+        shape.config,
+        num_inner_values=heads,
+        num_inner_value_heads=heads // 2,
+        num_value_per_head=heads // 2,
+        inner_values_retrieval_size=128,
+        num_cdmmoe_experts=512 * heads,
+        num_cdmmoe_heads=heads // 2,
+        num_cdmmoe_experts_per_head=heads,
+        private_expert_retrieval_size=256,
     )
+    return replace(shape, config=config)
 
 
 class _Family(NamedTuple):
@@ -184,8 +177,8 @@ def _shapes() -> Iterator[tuple[str, ReleasedShape]]:
     yield "doge-22m", _seed(4, 2, 16384, 22_320_384)
     yield "doge-76m", _seed(8, 4, 4096, 76_894_720)
     yield "doge-197m", _seed(12, 6, 16384, 197_217_024)
-    yield "doge-20m-g2", _second(4, 2, 20_977_928)
-    yield "doge-60m-g2", _second(8, 4, 67_142_176)
+    yield "doge-20m-g2", _early(G2_FIRST, 4, 2, 20_977_928)
+    yield "doge-60m-g2", _early(G2_FIRST, 8, 4, 67_142_176)
     for name, family in _FAMILIES.items():
         shape = _dense_or_moe(G4, *family.numbers, family.g4, **family.options)
         yield f"doge-{name}", shape

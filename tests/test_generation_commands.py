@@ -14,12 +14,13 @@ from export import build_engine
 from runtime import generate, score
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
+from tests.golden_cases import GOLDEN_CASES
 
-GENERATION_OF = {"g1": "g1", "g3": "g3", "g3_moe": "g3", "g4h_window": "g4h"}
+CASES = ("g1", "g3", "g3_moe", "g4h_window")
 PROMPT = "3,14,15,92,65"
 
 
-@pytest.fixture(scope="module", params=GENERATION_OF)
+@pytest.fixture(scope="module", params=CASES)
 def built(
     request: pytest.FixtureRequest,
     golden: Callable[[str], Path],
@@ -42,7 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], main: Callable[..., int], *arguments
 def test_bundle_names_its_generation_and_holds_an_engine(built: tuple[str, Path]) -> None:
     case, path = built
     bundle = Bundle.open(path, verify=True)
-    assert bundle.manifest.generation == GENERATION_OF[case]
+    assert bundle.manifest.generation == GOLDEN_CASES[case]
     backends = {variant.backend for variant in bundle.manifest.variants}
     assert backends == {"tensorrt_rtx", "onnxruntime", "torch"}
     rewrites = bundle.manifest.checks.get("rewrites", {})

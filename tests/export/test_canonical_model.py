@@ -23,10 +23,13 @@ from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_sessio
 from runtime.backends.torch_backend import TorchBackend
 from runtime.sampling import SamplingParams
 from runtime.session import GenerationSession
+from tests.golden_cases import GOLDEN_CASES
 
 FAST_CASES = ("g1", "g3", "g4_moe", "g4_window")
-SLOW_CASES = ("g3_moe", "g4", "g4_untied_mha", "g4h", "g4h_window")
-CASES = [*FAST_CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+CASES = [
+    case if case in FAST_CASES else pytest.param(case, marks=pytest.mark.slow)
+    for case in GOLDEN_CASES
+]
 SLOTS = {"g1": 64}  # as wide as its stored mask
 # The contract is 1e-3 at logits of size 30. Without norms of queries and keys attention amplifies
 # rounding: the specification in float64 is 9e-5 from g4h's stored float32 numbers, ONNX Runtime

@@ -23,19 +23,8 @@ from model.released import RELEASED_SHAPES
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import BackendUnavailableError, Limits
 from runtime.tensorrt_module import load_tensorrt
+from tests.golden_cases import GOLDEN_CASES
 from tests.tiny_doge import write_checkpoint
-
-GOLDEN_CASES = (
-    "g1",
-    "g3",
-    "g3_moe",
-    "g4h",
-    "g4h_window",
-    "g4",
-    "g4_untied_mha",
-    "g4_moe",
-    "g4_window",
-)
 
 
 def test_all_problems_of_a_config_are_named_at_once():

@@ -17,22 +17,12 @@ from model.contract import layer_taps, step_contract
 from model.doge import DogeAttention, DogeForCausalLM
 from model.generations.g4 import G4
 from model.step_ops import LayerCache
+from tests.golden_cases import GOLDEN_CASES
 from tests.tiny_doge import MOE, write_checkpoint
 
 # The contract is 1e-3 on logits of size 10 to 30; orders of summation differ by about 2e-5.
 ATOL = 1e-4
 Golden = Callable[[str], Path]
-CASES = (
-    "g1",
-    "g3",
-    "g3_moe",
-    "g4h",
-    "g4h_window",
-    "g4",
-    "g4_untied_mha",
-    "g4_moe",
-    "g4_window",
-)
 
 
 def load(folder: Path, router_mode: str | None = None) -> DogeForCausalLM:
@@ -86,7 +76,7 @@ def golden_tensors(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
 # --- against published code ---
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_prefill_equals_published_code(golden: Golden, case: str) -> None:
     ids, expected, _ = golden_tensors(golden(case))
     network = load(golden(case))
@@ -95,7 +85,7 @@ def test_prefill_equals_published_code(golden: Golden, case: str) -> None:
     torch.testing.assert_close(actual, expected, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_decode_equals_published_code(golden: Golden, case: str) -> None:
     ids, _, expected = golden_tensors(golden(case))
     actual = one_by_one(load(golden(case)), ids[:1])

@@ -14,19 +14,9 @@ from model.config import DogeConfig, UnsupportedModelError, read_config_json
 from model.generations import GENERATIONS, Generation, detect_generation, generation_named
 from model.generations.g4 import G4
 from model.generations.generation import Shapes
+from tests.golden_cases import GOLDEN_CASES
 from tests.tiny_doge import MOE, config_json
 
-CASES = {
-    "g1": "g1",
-    "g3": "g3",
-    "g3_moe": "g3",
-    "g4h": "g4h",
-    "g4h_window": "g4h",
-    "g4": "g4",
-    "g4_untied_mha": "g4",
-    "g4_moe": "g4",
-    "g4_window": "g4",
-}
 OTHER_SHAPES: Shapes = {
     "model.word_embed.weight": (97, 64),
     "model.layers.0.pre_layernorm.weight": (64,),
@@ -44,18 +34,20 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 -- a safetensors handle is no mapping
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_golden_case_is_recognised_by_its_shapes_alone(
     golden: Callable[[str], Path], case: str
 ) -> None:
-    assert detect_generation(stored_shapes(golden(case)), {}, GENERATIONS).name == CASES[case]
+    assert (
+        detect_generation(stored_shapes(golden(case)), {}, GENERATIONS).name == GOLDEN_CASES[case]
+    )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_golden_case_holds_exactly_the_tensors_of_its_config(
     golden: Callable[[str], Path], case: str
 ) -> None:
-    generation = generation_named(CASES[case], GENERATIONS)
+    generation = generation_named(GOLDEN_CASES[case], GENERATIONS)
     config = generation.read_config(read_config_json(golden(case)))
     assert stored_shapes(golden(case)) == generation.tensor_shapes(config)
 
