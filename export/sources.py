@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import model
-from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, CheckpointHeader, inspect_checkpoint
+from model.checkpoint import CheckpointHeader, inspect_checkpoint
 from model.config import DogeConfig
 from model.generations import Generation
 from model.hub import TOKENIZER_FILES, ModelLocation, resolve_model
 from model.random_weights import write_random_checkpoint
 from model.released import released_shape
+from model.weight_files import INDEX_NAME, WEIGHTS_NAME
 from runtime.bundle import sha256_of
 from runtime.manifest import Source
 

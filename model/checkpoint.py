@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +15,18 @@ from safetensors import SafetensorError, safe_open
 from model.config import DogeConfig, UnsupportedModelError, read_config_json
 from model.doge import DogeForCausalLM
 from model.generations import GENERATIONS, Generation, detect_generation
+from model.generations.g3 import tensors_coincide
+from model.weight_files import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    listed,
+    pickle_reason,
+    read_index,
+)
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+logger = logging.getLogger(__name__)
+
 # What a published checkpoint calls the tied head when it stores it all the same.
 _HEAD = "lm_head.weight"
 _FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
@@ -93,11 +102,32 @@ def inspect_checkpoint(
     config_json = read_config_json(path)
     header = read_header(path)
     generation = detect_generation(header.shapes, config_json, GENERATIONS)
-    config = generation.read_config(config_json)
+    _mention_twin(generation, header)
+    config = _read_config(generation, config_json)
     if router_mode is not None:
         config = config.with_router_mode(router_mode)
     _check_tensors(generation, header, config)
     return config, generation, header
+
+
+def _mention_twin(generation: Generation, header: CheckpointHeader) -> None:
+    """Say so where config.json alone decided between G2 and G3, whose arithmetic differs."""
+    if generation.name in {"g2", "g3"} and tensors_coincide(header.shapes):
+        found = "has" if generation.name == "g3" else "has no"
+        logger.warning(
+            "the tensors fit g2 and g3; read as %s because config.json %s dynamic_mask_ratio",
+            generation.name,
+            found,
+        )
+
+
+def _read_config(generation: Generation, config_json: Mapping[str, Any]) -> DogeConfig:
+    try:
+        return generation.read_config(config_json)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error} (the tensors are those of {generation.name}, {generation.title})"
+        ) from error
 
 
 def read_header(path: Path) -> CheckpointHeader:
@@ -105,12 +135,13 @@ def read_header(path: Path) -> CheckpointHeader:
 
     Raises:
         FileNotFoundError: no safetensors file, or a shard that the index names is missing.
-        UnsupportedModelError: a file or the index cannot be read, or a tensor stands twice.
+        UnsupportedModelError: a file or the index cannot be read, a tensor stands twice, or the
+            index and the shards say different things.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     location: dict[str, Path] = {}
-    files = _weight_files(path)
+    files, index = _weight_files(path)
     for file in files:
         with _open(file) as tensors:
             for name in tensors.offset_keys():
@@ -122,7 +153,22 @@ def read_header(path: Path) -> CheckpointHeader:
                 shapes[name] = tuple(tensor.get_shape())
                 dtypes[name] = str(tensor.get_dtype())
                 location[name] = file
+    _check_index(path, index, location)
     return CheckpointHeader(files=files, shapes=shapes, dtypes=dtypes, location=location)
+
+
+def _check_index(path: Path, index: Mapping[str, str], location: Mapping[str, Path]) -> None:
+    """Every tensor that the index names must be where it says; what it leaves out is loaded too."""
+    wrong = [
+        f"{name} in {shard}" + (f" (it is in {location[name].name})" if name in location else "")
+        for name, shard in sorted(index.items())
+        if location.get(name) != path / shard
+    ]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{path / INDEX_NAME} looks for {listed(wrong)}; index and shards do not belong "
+            "together, download them again"
+        )
 
 
 @contextmanager
@@ -138,30 +184,24 @@ def _open(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
+def _weight_files(path: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
+    """The weight files and, where there are shards, which of them holds each tensor."""
     single, index = path / WEIGHTS_NAME, path / INDEX_NAME
     if single.is_file():
-        return (single,)
+        return (single,), {}
     if not index.is_file():
-        others = sorted(p.name for p in path.glob("*") if p.suffix in {".bin", ".pt", ".pth"})
-        hint = (
-            f"; {', '.join(others)} is pickle, which can run code and is not read" if others else ""
-        )
+        pickles = sorted(p.name for p in path.glob("*") if p.suffix in PICKLE_SUFFIXES)
+        hint = f"; it has {pickle_reason(pickles)}" if pickles else ""
         raise FileNotFoundError(f"{path} has no {WEIGHTS_NAME} and no {INDEX_NAME}{hint}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{index} is not an index of shards (an object with `weight_map`): {error}"
-        ) from error
-    files = tuple(path / name for name in names)
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name:
-            raise UnsupportedModelError(f"{index} points out of its folder: {name}")
-        if not file.is_file():
+    weight_map = read_index(index, str(index))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (path / name).is_file():
             raise FileNotFoundError(f"{path} lacks the shard {name} that {INDEX_NAME} names")
-    return files
+    unnamed = sorted(p.name for p in path.glob("*.safetensors") if p.name not in names)
+    if unnamed:
+        logger.warning("%s does not name %s, which is left out", index.name, listed(unnamed))
+    return tuple(path / name for name in names), weight_map
 
 
 def _check_inert(generation: Generation, name: str, tensor: torch.Tensor) -> None:
@@ -178,6 +218,11 @@ def _check_inert(generation: Generation, name: str, tensor: torch.Tensor) -> Non
 
 def _check_tensors(generation: Generation, header: CheckpointHeader, config: DogeConfig) -> None:
     """Compare the checkpoint's tensors with those its config calls for; list every problem."""
+    if config.num_hidden_layers > len(header.shapes):
+        raise UnsupportedModelError(
+            f"config.json has num_hidden_layers {config.num_hidden_layers}, the checkpoint "
+            f"{len(header.shapes)} tensors in all"
+        )
     expected = generation.tensor_shapes(config)
     problems = [
         f"missing {name} {list(shape)}"
@@ -216,9 +261,10 @@ def _hints(
     mask = header.shapes.get("model.layers.0.attn.dynamic_mask")
     if mask is not None and len(mask) == 2 and mask[1] != config.max_position_embeddings:
         yield (
-            f"the dynamic mask covers {mask[1]} keys and max_position_embeddings is "
+            f"the dynamic mask covers {mask[1]} keys and by config.json the context is "
             f"{config.max_position_embeddings}; the mask's width is the longest context, so "
-            f"config.json must say {mask[1]}"
+            f"max_position_embeddings, and the original length of scaled rope if there is one, "
+            f"must be {mask[1]}"
         )
     scores = header.shapes.get("model.layers.0.self_attn.A")
     if scores == (config.num_attention_heads,) != (config.num_key_value_heads,):

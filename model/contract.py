@@ -96,6 +96,7 @@ def step_contract(
     max_seq_len: int,
     cache_dtype: str = "float32",
     score_dtype: str = "float32",
+    score_heads: int | None = None,
 ) -> StepContract:
     """The contract of a model whose cache has `max_seq_len` slots.
 
@@ -105,8 +106,12 @@ def step_contract(
         max_seq_len: C, prompt plus generated tokens.
         cache_dtype: dtype of cached keys and values.
         score_dtype: dtype of cached mask scores.
+        score_heads: how many mask scores a lowered model caches with a key, None for as many as the
+            generation has.
     """
     sizes = cache_sizes(config, generation, max_seq_len)
+    if score_heads is not None and "score" in sizes:
+        sizes["score"] = (score_heads, max_seq_len, 1)
 
     def cache(prefix: str) -> tuple[TensorSpec, ...]:
         return tuple(

@@ -7,16 +7,23 @@ only file that imports huggingface_hub, and it does so when a repository is aske
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model.config import UnsupportedModelError
+from model.weight_files import (
+    INDEX_NAME,
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    listed,
+    pickle_reason,
+    read_index,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 # As in model/checkpoint.py, which needs torch; a test compares them.
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 # What a tokenizer folder may hold; `tokenizer.json` makes it one.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,8 +46,6 @@ _ANSWER_SECONDS = 15.0  # for the first question to the hub; without an answer t
 _NAME = re.compile(r"\w([\w.-]*\w)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class CheckpointDownloadError(Exception):
@@ -245,7 +248,7 @@ class _Download:
                 wanted = (INDEX_NAME, *_shards(Path(index), self._hub_id))
                 if missing := sorted(set(wanted) - set(names)):
                     raise UnsupportedModelError(
-                        f"{self._hub_id} lacks {_listed(missing)} that its {INDEX_NAME} names"
+                        f"{self._hub_id} lacks {listed(missing)} that its {INDEX_NAME} names"
                     )
             else:
                 wanted = (weights,)
@@ -268,7 +271,7 @@ class _Download:
         # What the cache has of a repository stands in for what the hub refuses to send.
         if missing := self._missing_from(folder):
             raise CheckpointDownloadError(
-                f"the hub does not send {_listed(missing)} of {self._hub_id}: see whether its page "
+                f"the hub does not send {listed(missing)} of {self._hub_id}: see whether its page "
                 f"{self._api.endpoint}/{self._hub_id.repo_id} gives access to files, and run again"
             )
         return folder
@@ -305,7 +308,7 @@ class _Download:
             ) from error
         if missing := self._missing_from(folder):
             raise CheckpointDownloadError(
-                f"{unreachable} its cache lacks {_listed(missing)} of {self._hub_id}; run again "
+                f"{unreachable} its cache lacks {listed(missing)} of {self._hub_id}; run again "
                 "with a network"
             )
         return folder
@@ -386,40 +389,18 @@ def _weights_among(names: Collection[str], hub_id: HubId) -> str:
                 raise UnsupportedModelError(f"{hub_id} has no {CONFIG_NAME}")
             return name
     hints = []
-    if pickles := sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES)):
-        hints.append(
-            f"; {_listed(pickles)} is pickle, which can run code when it is read, and is not "
-            "downloaded: convert it to safetensors, or ask its authors to"
-        )
+    if pickles := sorted(name for name in names if name.endswith(PICKLE_SUFFIXES)):
+        hints.append(f"; it has {pickle_reason(pickles)}")
     if others := sorted(name for name in names if name.endswith(".safetensors")):
-        hints.append(f"; {_listed(others)} is not named as a whole model")
+        hints.append(f"; {listed(others)} is not named as a whole model")
     raise UnsupportedModelError(
         f"{hub_id} has no {WEIGHTS_NAME} and no {INDEX_NAME}{''.join(hints)}"
     )
 
 
 def _shards(index: Path, hub_id: HubId) -> list[str]:
-    """The weight files that an index names, all of them names of files beside it."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{INDEX_NAME} of {hub_id} is not an index of shards (an object with `weight_map`): "
-            f"{error}"
-        ) from error
-    if wrong := [name for name in names if not _SHARD.fullmatch(name)]:
-        raise UnsupportedModelError(
-            f"{INDEX_NAME} of {hub_id} names {_listed(wrong)}, expected safetensors files beside it"
-        )
-    return names
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first few names; others wrote them, so what a terminal would obey is escaped."""
-    shown = [name if name.isprintable() else repr(name) for name in names]
-    more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-    return ", ".join(shown[:5]) + more
+    """The weight files that an index names."""
+    return sorted(set(read_index(index, f"{INDEX_NAME} of {hub_id}").values()))
 
 
 def _first_line(text: str) -> str:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoint import WEIGHTS_NAME
 from model.released import ReleasedShape
+from model.weight_files import WEIGHTS_NAME
 
 
 def write_random_checkpoint(folder: Path, shape: ReleasedShape, seed: int) -> None:

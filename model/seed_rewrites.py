@@ -36,6 +36,8 @@ Part = TypeVar("Part")
 
 # Beyond this a table of sums is larger than what it saves.
 MAX_SUBSETS = 64
+# The op looks a set up by a number with one bit per row.
+MAX_TABLED_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def _fix_inner_values(attentions: list[InnerFunctionAttention]) -> Iterator[Rewr
     if folded:
         return
     values, picked = keys[0].shape[-1], attentions[0].values_per_head
-    tabled = comb(values, picked) <= MAX_SUBSETS
+    tabled = values <= MAX_TABLED_ROWS and comb(values, picked) <= MAX_SUBSETS
     for attention in attentions:
         if tabled:
             _table_subsets(attention)
@@ -130,7 +132,8 @@ def _fix_inner_values(attentions: list[InnerFunctionAttention]) -> Iterator[Rewr
     yield Rewrite(
         name="value subsets tabled (R10)",
         applied=tabled,
-        reason=f"{comb(values, picked)} sets of {picked} of {values} rows, at most {MAX_SUBSETS}",
+        reason=f"{comb(values, picked)} sets of {picked} of {values} rows, at most {MAX_SUBSETS} "
+        f"of {MAX_TABLED_ROWS}",
     )
 
 

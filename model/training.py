@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from model.checkpoint import WEIGHTS_NAME
 from model.config import DogeConfig
 from model.doge import DogeForCausalLM
 from model.generations.g4 import G4
 from model.step_ops import Tap, no_tap
+from model.weight_files import WEIGHTS_NAME
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 # What goes into the residual stream, by the last part of its tap's name.

@@ -249,7 +249,7 @@ def test_a_context_beyond_the_positions_is_wrong_usage(
     error = outcome.report["error"]
     assert error["kind"] == "usage"
     assert f"--max-seq-len {POSITIONS + 1}" in error["message"]
-    assert f"{POSITIONS} positions" in error["message"]
+    assert f"exceeds the {POSITIONS} tokens" in error["message"]
 
 
 def test_an_output_that_is_a_file_is_refused_and_kept(

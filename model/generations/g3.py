@@ -36,15 +36,20 @@ def scores_from_keys_and_values(shapes: Shapes, config_json: Mapping[str, Any]) 
     The shapes say it, except where there are as many key/value heads as query heads: then G3 is the
     one whose config.json has `dynamic_mask_ratio`. None where these tensors are absent.
     """
-    attention = "model.layers.0.self_attn"
-    scores = shapes.get(f"{attention}.dt_proj.weight")
-    keys = shapes.get(f"{attention}.k_proj.weight")
-    queries = shapes.get(f"{attention}.q_proj.weight")
-    if scores is None or keys is None or queries is None:
+    scores = shapes.get("model.layers.0.self_attn.dt_proj.weight")
+    queries = shapes.get("model.layers.0.self_attn.q_proj.weight")
+    if scores is None or queries is None:
         return None
-    if keys[0] == queries[0]:
+    if tensors_coincide(shapes):
         return "dynamic_mask_ratio" in config_json
     return scores[-1] != queries[0]
+
+
+def tensors_coincide(shapes: Shapes) -> bool:
+    """Whether there are as many key/value heads as query heads, so that G2 and G3 look alike."""
+    keys = shapes.get("model.layers.0.self_attn.k_proj.weight")
+    queries = shapes.get("model.layers.0.self_attn.q_proj.weight")
+    return keys is not None and queries is not None and keys[0] == queries[0]
 
 
 def _recognises(shapes: Shapes, config_json: Mapping[str, Any]) -> bool:

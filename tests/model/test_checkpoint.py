@@ -157,7 +157,8 @@ def test_folder_without_weights_names_both_forms(folder: Path) -> None:
 def test_pickled_weights_are_named_and_not_read(folder: Path, name: str) -> None:
     (folder / WEIGHTS).rename(folder / name)
     message = refusal(folder, FileNotFoundError)
-    assert f"{name} is pickle, which can run code and is not read" in message
+    assert f"it has {name}: pickle, which can run code when it is read, and is not" in message
+    assert "convert it to safetensors" in message
 
 
 # --- a file that is spoilt ---
@@ -310,13 +311,13 @@ def test_tensor_in_two_shards_is_refused(folder: Path) -> None:
     assert f"tensor {name} stands in {first} and in {second}" in refusal(folder)
 
 
-def test_tensor_that_no_shard_holds_is_missing(folder: Path) -> None:
+def test_tensor_that_a_shard_has_lost_is_named(folder: Path) -> None:
     write_shards(folder, 1)
     shard = next(folder.glob("model-*.safetensors"))
     tensors = load_file(shard)
     del tensors["model.norm.weight"]
     save_file(tensors, shard)
-    assert "missing model.norm.weight [64]" in refusal(folder)
+    assert f"looks for model.norm.weight in {shard.name}" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,7 @@ def test_index_that_is_none_is_refused(folder: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "outside", ["../model.safetensors", "sub/model.safetensors", "/etc/model.safetensors"]
+    "outside", ["../model.safetensors", "sub/model.safetensors", "/etc/model.safetensors", ".."]
 )
 def test_index_that_points_out_of_its_folder_is_refused(folder: Path, outside: str) -> None:
     write_shards(folder, 2)
@@ -347,7 +348,80 @@ def test_existing_file_outside_the_folder_is_not_read_either(folder: Path) -> No
     assert "points out of its folder" in refusal(folder)
 
 
+def test_empty_index_is_refused(folder: Path) -> None:
+    write_shards(folder, 2)
+    write_index(folder, {"weight_map": {}})
+    assert f"{INDEX} names no tensor" in refusal(folder)
+
+
+def test_index_of_pickle_shards_is_refused_with_the_reason(folder: Path) -> None:
+    write_shards(folder, 1)
+    write_index(folder, {"weight_map": {EMBEDDING: "pytorch_model-00001-of-00001.bin"}})
+    message = refusal(folder)
+    assert "pytorch_model-00001-of-00001.bin: pickle, which can run code" in message
+    assert "convert it to safetensors" in message
+
+
+def test_index_of_other_files_than_safetensors_is_refused(folder: Path) -> None:
+    write_shards(folder, 1)
+    write_index(folder, {"weight_map": {EMBEDDING: "model.onnx"}})
+    assert "names model.onnx, expected safetensors files beside it" in refusal(folder)
+
+
+def test_index_that_puts_a_tensor_into_another_shard_is_refused(folder: Path) -> None:
+    first, second = write_shards(folder, 2)
+    index = json.loads((folder / INDEX).read_text())
+    wrong = second if index["weight_map"][EMBEDDING] == first else first
+    right = index["weight_map"][EMBEDDING]
+    index["weight_map"][EMBEDDING] = wrong
+    write_index(folder, index)
+    assert f"looks for {EMBEDDING} in {wrong} (it is in {right})" in refusal(folder)
+
+
+def test_index_that_names_a_tensor_of_no_shard_is_refused(folder: Path) -> None:
+    first, _ = write_shards(folder, 2)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.extra.weight"] = first
+    write_index(folder, index)
+    assert f"looks for model.extra.weight in {first}; index and shards" in refusal(folder)
+
+
+def test_shard_that_the_index_leaves_out_is_mentioned(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = write_shards(folder, 2)
+    index = json.loads((folder / INDEX).read_text())
+    kept = {name: shard for name, shard in index["weight_map"].items() if shard == first}
+    write_index(folder, {"weight_map": kept})
+    refusal(folder)
+    assert f"{INDEX} does not name {second}, which is left out" in caplog.text
+
+
+def test_more_layers_than_tensors_are_refused_at_once(folder: Path) -> None:
+    config = config_json(num_hidden_layers=10**9)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "num_hidden_layers 1000000000, the checkpoint" in refusal(folder)
+
+
 # --- other generations ---
+
+
+@pytest.mark.parametrize(("ratio", "generation"), [(None, "g2"), (0.0, "g3")])
+def test_config_that_alone_decides_between_g2_and_g3_is_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ratio: float | None, generation: str
+) -> None:
+    write_checkpoint(tmp_path, generation="g3", num_key_value_heads=4, dynamic_mask_ratio=ratio)
+    _, found, _ = inspect_checkpoint(tmp_path)
+    assert found.name == generation
+    assert f"the tensors fit g2 and g3; read as {generation} because" in caplog.text
+
+
+def test_config_of_another_doge_beside_seed_tensors_is_explained(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, generation="g1")
+    (tmp_path / "config.json").write_text(json.dumps(config_json()), encoding="utf-8")
+    message = refusal(tmp_path)
+    assert "num_inner_values is missing" in message
+    assert "(the tensors are those of g1, the seed of late 2024" in message
 
 
 @pytest.mark.parametrize("generation", ["g1", "g2_first", "g2", "g3", "g4h"])

@@ -125,10 +125,16 @@ def test_value_keys_in_one_layer_keep_the_retrieval_in_all(tmp_path: Path) -> No
 
 
 def test_subsets_are_tabled_up_to_a_size(tmp_path: Path) -> None:
-    small = applied(write(tmp_path / "a", num_inner_values=6, num_value_per_head=3))[1]
-    large = applied(write(tmp_path / "b", num_inner_values=9, num_value_per_head=4))[1]
-    assert small[TABLE]
-    assert not large[TABLE]
+    def tabled(values: int, picked: int) -> bool:
+        folder = tmp_path / f"{values} {picked}"
+        return applied(write(folder, num_inner_values=values, num_value_per_head=picked))[1][TABLE]
+
+    assert tabled(6, 3)
+    assert tabled(16, 1)
+    assert not tabled(9, 4)
+    # A single set, but a number of 40 bits.
+    assert not tabled(40, 40)
+    assert not tabled(40, 1)
 
 
 def test_router_is_merged_only_where_that_is_less_work(tmp_path: Path) -> None:
@@ -234,6 +240,6 @@ def test_mask_of_another_width_than_the_config_says_is_an_error_that_says_the_wi
         )
     )
     with pytest.raises(
-        UnsupportedModelError, match=r"mask covers 64 keys.*config.json must say 64"
+        UnsupportedModelError, match=r"mask covers 64 keys.*max_position_embeddings, .* must be 64"
     ):
         load_checkpoint(folder)
