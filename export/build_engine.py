@@ -11,8 +11,10 @@ from export.bundle_writer import BundleWriteError
 from export.checks import ExportCheckError
 from export.engine import PRECISIONS, EngineBuildError, EngineConfig
 from export.estimate import estimate
+from export.lowerings.cpu import CPU_PRECISIONS
 from export.pipeline import BuildRequest, BuildResult, build_bundle
 from export.progress import BuildProgress
+from export.quality import QualityError
 from export.sources import locate_checkpoint, read_checkpoint
 from model.config import DogeConfig, UnsupportedModelError
 from model.generations import Generation
@@ -29,6 +31,7 @@ ERRORS = (
     EngineBuildError,
     ExportCheckError,
     OSError,
+    QualityError,
     UnsupportedModelError,
     ValueError,
 )
@@ -54,7 +57,18 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp16", help="number format of the engine"
     )
-    parser.add_argument("--cpu", choices=["fp32"], default="fp32", help="model for the CPU")
+    parser.add_argument(
+        "--cpu",
+        choices=[*CPU_PRECISIONS, "none"],
+        default="fp32",
+        help="weights of the model for ONNX Runtime on the CPU",
+    )
+    parser.add_argument(
+        "--eval-text",
+        type=Path,
+        metavar="FILE",
+        help="text on which narrow weights are measured (one that the float32 model samples)",
+    )
     parser.add_argument("--max-batch-size", type=int, default=4, help="sequences side by side")
     parser.add_argument("--max-input-len", type=int, help="tokens of one pass (max-seq-len)")
     parser.add_argument(
@@ -67,7 +81,11 @@ def make_parser() -> CommandParser:
         "--no-checkpoint", action="store_true", help="leave out what backend torch loads"
     )
     parser.add_argument("--dry-run", action="store_true", help="print sizes and steps, write none")
-    parser.add_argument("--force", action="store_true", help="keep nothing of an existing bundle")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="keep nothing of an existing bundle; accept narrow weights beyond their quality bound",
+    )
     return parser
 
 
@@ -84,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         random_shape=args.random_weights,
         output=output,
         engine=None if args.backend == "none" else engine,
+        cpu=None if args.cpu == "none" else args.cpu,
+        eval_text=args.eval_text,
         limits=engine.limits,
         router_mode=args.router,
         keep_checkpoint=not args.no_checkpoint,
@@ -138,6 +158,8 @@ def _print_estimate(
 ) -> None:
     found = estimate(config, generation, engine)
     steps = ["read checkpoint", "export ONNX", "check ONNX"]
+    if args.cpu != "none":
+        steps.append(f"lower to {args.cpu} for the CPU")
     if args.backend != "none":
         steps += [f"lower to {engine.precision}", f"build engine for {', '.join(engine.targets)}"]
     steps.append("write bundle")
@@ -172,6 +194,13 @@ def _print_result(result: BuildResult) -> None:
             f"{engine['attention']} attention layers ({engine['fused_attention']} fused kernels in "
             f"the plans of both profiles), {engine['cache_updates']} cache updates, "
             f"{engine['plugin_layers']} plugin layers"
+        )
+    if result.quality is not None:
+        quality = result.quality
+        print(
+            f"quality {quality['variant']}: perplexity {quality['increase']:+.2%} "
+            f"(at most {quality['bound']:+.0%}) on {quality['tokens']} tokens of "
+            f"{quality['text']} text"
         )
 
 

@@ -227,7 +227,9 @@ class BundleWriter:
         )
 
 
-def same_source(previous: Manifest, source: Source, config: DogeConfig, limits: Limits) -> bool:
+def same_source(
+    previous: Manifest, source: Source, generation: str, config: DogeConfig, limits: Limits
+) -> bool:
     """Whether files of the bundle `previous` still fit a build, so that it may add to them.
 
     If not, the build replaces the whole bundle.
@@ -235,11 +237,13 @@ def same_source(previous: Manifest, source: Source, config: DogeConfig, limits: 
     Args:
         previous: manifest of the bundle that is there.
         source: the checkpoint now built from; where it lies does not matter, its weights do.
+        generation: name of its generation, which the weights alone may not tell.
         config: its architecture with the router mode asked for.
         limits: the limits asked for.
     """
     return (
         previous.source.weights_sha256 == source.weights_sha256
+        and previous.generation == generation
         and previous.config == config.as_dict()
         and previous.limits == limits
     )

@@ -59,9 +59,21 @@ def check_structure(path: Path, contract: StepContract, network: DogeForCausalLM
 
 
 def check_numbers(
-    path: Path, contract: StepContract, network: DogeForCausalLM, limits: Limits
+    path: Path,
+    contract: StepContract,
+    network: DogeForCausalLM,
+    limits: Limits,
+    *,
+    rows_alone: bool = False,
 ) -> dict[str, Any]:
-    """Run the model in ONNX Runtime beside PyTorch: prefills and decode steps, same tokens.
+    """Run a float32 model in ONNX Runtime beside PyTorch: prefills and decode steps, same tokens.
+
+    Args:
+        path: the canonical model, or one lowered for the CPU.
+        contract: of that model.
+        network: as the checkpoint stores it.
+        limits: of both.
+        rows_alone: whether the model takes several tokens of one row only.
 
     Returns:
         The comparison for the manifest.
@@ -80,6 +92,7 @@ def check_numbers(
         variant="fp32",
         vocab_size=config.vocab_size,
         router_mode=router_mode,
+        rows_alone=rows_alone,
     )
     atol, rtol = TOLERANCES["fp32"]
     reports = [

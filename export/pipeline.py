@@ -22,19 +22,34 @@ from export.engine import (
     check_builder,
 )
 from export.graph import MODEL_NAME, export_onnx
+from export.lowerings.cpu import (
+    CHUNK_LENGTH,
+    CPU_BITS,
+    CPU_PRECISIONS,
+    CpuModel,
+    CpuPrecision,
+    lower_for_cpu,
+)
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
+from export.quality import SAMPLED_LENGTH, QualityError, measure_quality
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
 from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
+from model.doge import DogeForCausalLM
 from model.hub import ModelLocation
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
+from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.bundle import Bundle
 from runtime.manifest import BundleFile, Manifest, Source, Variant
+from runtime.scoring import split_windows
+from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# What the variant of ONNX Runtime is called that runs the canonical model as it is.
+CANONICAL = "canonical"
 # Packages whose version can change what a build gives.
 _PACKAGES = (
     "torch",
@@ -56,6 +71,8 @@ class BuildRequest:
         random_shape: name of a released shape for random weights, or None.
         output: folder of the bundle.
         engine: the engine to build, None for none.
+        cpu: precision of the model lowered for the CPU, None for none.
+        eval_text: a file on which narrow weights are measured, None samples a text.
         limits: limits of every model in the bundle.
         router_mode: overrides the checkpoint's, None keeps it.
         keep_checkpoint: put the checkpoint into the bundle, for backend torch.
@@ -66,6 +83,8 @@ class BuildRequest:
     random_shape: str | None
     output: Path
     engine: EngineConfig | None
+    cpu: CpuPrecision | None
+    eval_text: Path | None
     limits: Limits
     router_mode: str | None
     keep_checkpoint: bool
@@ -81,6 +100,7 @@ class BuildResult:
         bundle: the finished bundle.
         timings: seconds by stage.
         engine: the engine's part of the report, None when none was built.
+        quality: what narrow weights lose, None when no narrow model was built or measured.
         warnings: what the user should know.
     """
 
@@ -88,6 +108,7 @@ class BuildResult:
     bundle: Bundle
     timings: dict[str, float]
     engine: dict[str, Any] | None
+    quality: dict[str, Any] | None
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,8 +119,7 @@ class BuildResult:
             "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             "engine": self.engine,
-            # Only narrow weights are measured, and none of the precisions of this version is.
-            "quality": None,
+            "quality": self.quality,
             "warnings": self.warnings,
         }
 
@@ -113,6 +133,7 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
         BackendUnavailableError: the engine's builder or onnxruntime is missing.
         EngineBuildError: the engine could not be built.
         ExportCheckError: the exported model is wrong.
+        QualityError: narrow weights lose more than their bound, and `force` is not set.
         BundleWriteError: the bundle cannot be written where it should go.
     """
     if request.engine is not None:
@@ -126,6 +147,7 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
         kept = build.adopt_previous()
         if not kept:
             build.export()
+        build.cpu_model()
         engine = build.engine() if request.engine is not None else None
         with progress.stage("write bundle"):
             build.copy_checkpoint()
@@ -135,6 +157,7 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
         bundle=bundle,
         timings=progress.timings,
         engine=engine,
+        quality=build.quality,
         warnings=build.warnings,
     )
 
@@ -159,6 +182,7 @@ class _Build:
         progress: BuildProgress,
     ) -> None:
         self.warnings: list[str] = []
+        self.quality: dict[str, Any] | None = None
         self._request = request
         self._checkpoint = checkpoint
         self._source = source
@@ -167,15 +191,28 @@ class _Build:
         self._checks: dict[str, dict[str, Any]] = {}
         self._variants: list[Variant] = []
         self._versions = _installed_versions()
+        self._network: DogeForCausalLM | None = None
 
-    def contract(self, cache_dtype: str = "float32") -> StepContract:
+    def contract(
+        self, cache_dtype: str = "float32", score_heads: int | None = None
+    ) -> StepContract:
         """The step contract with keys and values cached as `cache_dtype`."""
         return step_contract(
             self._checkpoint.config,
             self._checkpoint.generation,
             max_seq_len=self._request.limits.max_seq_len,
             cache_dtype=cache_dtype,
+            score_heads=score_heads,
         )
+
+    def network(self) -> DogeForCausalLM:
+        """The checkpoint's network, loaded when it is first asked for."""
+        if self._network is None:
+            with self._progress.stage("load checkpoint"):
+                self._network = load_checkpoint(
+                    self._checkpoint.folder, router_mode=self._request.router_mode
+                )
+        return self._network
 
     def adopt_previous(self) -> bool:
         """Take over what a bundle of the same source holds; whether the ONNX model is in it."""
@@ -184,7 +221,8 @@ class _Build:
             return False
         manifest = previous.manifest
         config, limits = self._checkpoint.config, self._request.limits
-        if not same_source(manifest, self._source, config, limits):
+        generation = self._checkpoint.generation.name
+        if not same_source(manifest, self._source, generation, config, limits):
             self._warn(f"replaces the bundle of {manifest.source.name} with other settings")
             return False
         if manifest.versions != self._versions:
@@ -201,9 +239,7 @@ class _Build:
 
     def export(self) -> None:
         """Write and check the canonical model."""
-        progress, request = self._progress, self._request
-        with progress.stage("load checkpoint"):
-            network = load_checkpoint(self._checkpoint.folder, router_mode=request.router_mode)
+        progress, request, network = self._progress, self._request, self.network()
         with progress.stage("export ONNX"):
             slots = request.limits.max_seq_len
             rewritten, rewrites = rewrite_for_export(network, slots)
@@ -225,8 +261,105 @@ class _Build:
         self._writer.add_file("onnx", MODEL_NAME)
         self._writer.add_file("weights", f"{MODEL_NAME}.data")
         self._variants.append(
-            Variant(backend="onnxruntime", name="fp32", path=MODEL_NAME, precision="fp32")
+            Variant(backend="onnxruntime", name=CANONICAL, path=MODEL_NAME, precision="fp32")
         )
+
+    def cpu_model(self) -> None:
+        """Lower the canonical model for the CPU and check it, unless the bundle has it already."""
+        precision = self._request.cpu
+        if precision is None:
+            return
+        relative = f"cpu/{precision}.onnx"
+        if any(variant.path == relative for variant in self._variants):
+            return
+        path = self._writer.path_for(relative)
+        limits = self._request.limits
+        with self._progress.stage(f"lower to {precision} for the CPU"):
+            lowered = lower_for_cpu(
+                self._writer.folder / MODEL_NAME,
+                path,
+                self._checkpoint.config,
+                slots=limits.max_seq_len,
+                precision=precision,
+            )
+        if precision == "fp32":
+            network = self.network()
+            with self._progress.stage("check the CPU model"):
+                self._checks["cpu_fp32_against_torch"] = check_numbers(
+                    path,
+                    self.contract(score_heads=lowered.score_heads),
+                    network,
+                    limits,
+                    rows_alone=True,
+                )
+        else:
+            self._measure_quality(path, lowered, precision)
+        self._writer.add_file("cpu", relative)
+        self._writer.add_file("cpu", f"{relative}.data")
+        variant = Variant(
+            backend="onnxruntime",
+            name=precision,
+            path=relative,
+            precision=precision,
+            details=lowered.as_details(),
+        )
+        self._variants.append(variant)
+        self._variants.sort(key=_preference)
+
+    def _measure_quality(self, path: Path, lowered: CpuModel, precision: CpuPrecision) -> None:
+        """Compare a narrow model with the canonical one; refuse it beyond its bound."""
+        request, config = self._request, self._checkpoint.config
+        if request.random_shape is not None and request.eval_text is None:
+            logger.info("quality is not measured: it says nothing of random weights")
+            return
+        windows = None if request.eval_text is None else self._eval_windows(request.eval_text)
+        reference = self._backend(self._writer.folder / MODEL_NAME, self.contract())
+        contract = self.contract(score_heads=lowered.score_heads)
+        candidate = self._backend(path, contract, rows_alone=True, chunk_length=CHUNK_LENGTH)
+        with self._progress.stage(f"measure the quality of {precision}"):
+            quality = measure_quality(
+                reference,
+                candidate,
+                bits=CPU_BITS[precision],
+                first_token=config.bos_token_id,
+                windows=windows,
+            )
+        for backend in (reference, candidate):
+            backend.close()
+        self.quality = {"variant": f"onnxruntime:{precision}", **quality.as_dict()}
+        self._checks[f"cpu_{precision}_quality"] = {"passed": quality.accepted, **self.quality}
+        if quality.accepted:
+            logger.info("%s: %s", precision, quality)
+        elif request.force:
+            self._warn(f"{precision} loses more than its bound: {quality}")
+        else:
+            raise QualityError(
+                f"{precision} loses more than its bound: {quality}. Take more bits, measure on a "
+                "text of your own (--eval-text), or accept it with --force"
+            )
+
+    def _backend(self, path: Path, contract: StepContract, **options: Any) -> OnnxRuntimeBackend:
+        config = self._checkpoint.config
+        return OnnxRuntimeBackend(
+            make_session(str(path), None),
+            contract,
+            limits=self._request.limits,
+            variant=path.stem,
+            vocab_size=config.vocab_size,
+            router_mode=config.router_mode if config.is_moe else None,
+            **options,
+        )
+
+    def _eval_windows(self, file: Path) -> list[list[int]]:
+        """The text's tokens, in windows of a sampled sequence's length."""
+        if not self._checkpoint.tokenizer_files:
+            raise FileNotFoundError(
+                f"{self._checkpoint.folder} has no tokenizer, which --eval-text needs"
+            )
+        tokenizer = Tokenizer.open(self._checkpoint.folder)
+        ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False)
+        length = min(SAMPLED_LENGTH, self._request.limits.max_seq_len)
+        return split_windows(ids, length, tokenizer.bos_token_id)
 
     def engine(self) -> dict[str, Any]:
         """Lower the canonical model and build the engine."""
@@ -307,9 +440,15 @@ class _Build:
 
 
 def _preference(variant: Variant) -> int:
-    """fp16 before bf16 before fp32 engines: the first of a backend's variants is its default."""
-    order = [*PRECISIONS]
-    return order.index(variant.precision) if variant.precision in order else len(order)
+    """Place among a backend's variants, of which the first is its default.
+
+    Engines: fp16 before bf16 before fp32. The CPU: lowered models before the canonical one, fp32
+    before narrow ones.
+    """
+    if variant.name == CANONICAL:
+        return len(PRECISIONS) + len(CPU_PRECISIONS)
+    order = CPU_PRECISIONS if variant.backend == "onnxruntime" else PRECISIONS
+    return [*order].index(variant.precision) if variant.precision in order else len(order)
 
 
 def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:

@@ -7,6 +7,7 @@ Bodies are built by plain Python rather than written as onnxscript functions, si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import onnx_ir as ir
 from onnx_ir import tape
@@ -19,6 +20,27 @@ OPSET = 24
 PLUGIN_ATTRIBUTES = ("plugin_namespace", "plugin_version")
 
 Attribute = int | float | str | Sequence[int] | Sequence[float]
+
+
+class NodeBuilder(Protocol):
+    """What makes nodes: a function's body here, a graph that is lowered in `export/`."""
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: Attribute) -> ir.Value:
+        """Append a node with one output and return that output."""
+
+    def op_outputs(
+        self, op_type: str, count: int, *inputs: ir.Value, **attributes: Attribute
+    ) -> Sequence[ir.Value]:
+        """Append a node with `count` outputs and return them."""
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """A constant int64 vector."""
+
+    def int(self, number: int) -> ir.Value:
+        """A constant int64 scalar."""
+
+    def float(self, number: float) -> ir.Value:
+        """A constant float32 scalar."""
 
 
 class FunctionBuilder:

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from model.config import SEED_FIELDS, DogeConfig, RouterMode, UnsupportedModelError
-from model.contract import step_contract
+from model.contract import DTYPE_BYTES, StepContract, step_contract
 from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
 from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
@@ -132,6 +132,28 @@ class Bundle:
         raise ValueError(
             f"bundle {self.path} has no model {wanted}; it has {present or 'none'}. "
             f"{self._how_to_add(backend, name)}"
+        )
+
+    def contract_of(self, variant: Variant) -> StepContract:
+        """Inputs and outputs of a variant's step: the canonical ones in the variant's cache types.
+
+        Raises:
+            ValueError: the variant's details are not what a build writes.
+        """
+        details = variant.details
+        dtypes = [details.get(name, "float32") for name in ("cache_dtype", "score_dtype")]
+        heads = details.get("score_heads")
+        if not set(dtypes) <= set(DTYPE_BYTES) or not (heads is None or isinstance(heads, int)):
+            raise ValueError(
+                f"variant {variant.name} caches {dtypes} and {heads!r} scores; no build writes that"
+            )
+        return step_contract(
+            self.config,
+            self.generation,
+            max_seq_len=self.limits.max_seq_len,
+            cache_dtype=dtypes[0],
+            score_dtype=dtypes[1],
+            score_heads=heads,
         )
 
     def file(self, relative: str) -> Path:

@@ -532,7 +532,7 @@ def test_an_unknown_variant_lists_those_of_the_bundle(
     outcome = call(generate.main, moe_bundle, *flags)
     assert outcome.status == FAILURE
     assert f"no model {backend}:fp16" in outcome.err
-    assert "onnxruntime:fp32, torch:fp32" in outcome.err
+    assert "onnxruntime:fp32, onnxruntime:canonical, torch:fp32" in outcome.err
 
 
 def test_a_text_prompt_without_a_tokenizer_points_to_ids(call: Call, moe_bundle: Built) -> None:

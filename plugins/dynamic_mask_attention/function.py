@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from plugins.onnx_function import FunctionBuilder
+from plugins.onnx_function import FunctionBuilder, NodeBuilder
 from plugins.registry import DYNAMIC_MASK_ATTENTION
 
 FloatType = Literal["float32", "float16", "bfloat16"]
@@ -54,7 +54,7 @@ def make_function(
     hidden = body.float(LOWEST["float32"])
     bias = op("Where", visible, op("Transpose", score, perm=(0, 1, 3, 2)), hidden)  # [B, N, S, C]
     if keep_window_size > 0:
-        kept = _keep_largest(body, bias, keep_window_size)
+        kept = keep_largest(body, bias, keep_window_size)
         bias = op("Where", kept, bias, hidden)
     groups = query_heads // score_heads
     if groups > 1:
@@ -72,7 +72,7 @@ def make_function(
     return body.build([attended], attributes=("scale", "keep_window_size"))
 
 
-def _keep_largest(body: FunctionBuilder, bias: ir.Value, keep_window_size: int) -> ir.Value:
+def keep_largest(body: NodeBuilder, bias: ir.Value, keep_window_size: int) -> ir.Value:
     """Which entries of bias [B, N, S, C] are among each row's W best, lower slot first on ties.
 
     A row with fewer than W visible keys has the hidden score as its threshold: every visible key

@@ -72,6 +72,8 @@ class Backend(ABC):
         limits: what the step accepts.
         vocab_size: V.
         router_mode: `mixed` or `per_token` for a mixture of experts, None for a dense model.
+        rows_alone: whether steps of several tokens run one row at a time.
+        chunk_length: most tokens of one pass of a longer prompt; None for `max_input_len`.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Backend(ABC):
     limits: Limits
     vocab_size: int
     router_mode: str | None
+    rows_alone: bool = False
+    chunk_length: int | None = None
 
     @classmethod
     @abstractmethod
@@ -267,7 +271,8 @@ class Backend(ABC):
         wanted = logits_index < lengths[:, None]  # [B, M]
         result = np.zeros((*logits_index.shape, self.vocab_size), np.float32)
         together = (cache.lengths + lengths.max() <= cache.capacity).all()
-        rows: list[int | None] = [None] if together and self.router_mode != "mixed" else [*range(B)]
+        alone = self.router_mode == "mixed" or (self.rows_alone and lengths.max() > 1 and B > 1)
+        rows: list[int | None] = [None] if together and not alone else [*range(B)]
         for row in rows:
             part = slice(None) if row is None else slice(row, row + 1)
             self._append_rows(
@@ -293,12 +298,15 @@ class Backend(ABC):
         row: int | None,
         result: Logits,
     ) -> None:
-        """Feed rows in chunks of `max_input_len` and fill their part of `result`."""
+        """Feed rows in chunks and fill their part of `result`."""
         part = slice(None) if row is None else slice(row, row + 1)
         start = cache.lengths[part].copy()
         longest = int(lengths.max())
-        for begin in range(0, longest, self.limits.max_input_len):
-            end = min(longest, begin + self.limits.max_input_len)
+        chunk = self.limits.max_input_len
+        if self.chunk_length is not None and self.router_mode != "mixed":
+            chunk = min(chunk, self.chunk_length)
+        for begin in range(0, longest, chunk):
+            end = min(longest, begin + chunk)
             here = wanted & (logits_index >= begin) & (logits_index < end)  # [B, M]
             columns = np.flatnonzero(here.any(axis=0))
             if not columns.size:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from model.contract import DTYPE_BYTES, StepContract, step_contract
+from model.contract import DTYPE_BYTES
 from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Logits
 from runtime.device_memory import DeviceMemory, as_bytes_size, load_cuda
 from runtime.tensorrt_module import Product, load_tensorrt
@@ -41,7 +41,7 @@ class _EngineBackend(Backend):
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
         self.router_mode = config.router_mode if config.is_moe else None
-        self._contract = engine_contract(bundle, variant)
+        self._contract = bundle.contract_of(variant)
         self._trt = trt
         self._memory = memory
         self._logger = trt.Logger(trt.Logger.WARNING)
@@ -170,17 +170,6 @@ class TensorRTBackend(_EngineBackend):
 
     name = "tensorrt"
     product = "tensorrt"
-
-
-def engine_contract(bundle: Bundle, variant: Variant) -> StepContract:
-    """The step contract of an engine: the bundle's, with the engine's cache types."""
-    return step_contract(
-        bundle.config,
-        bundle.generation,
-        max_seq_len=bundle.limits.max_seq_len,
-        cache_dtype=variant.details["cache_dtype"],
-        score_dtype=variant.details["score_dtype"],
-    )
 
 
 def _with_batch(shape: tuple[int | str, ...], batch_size: int) -> tuple[int, ...]:

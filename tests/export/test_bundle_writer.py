@@ -336,12 +336,13 @@ def test_a_limit_on_the_size_of_files_ends_the_build_and_keeps_the_old_bundle(tm
 def test_files_are_kept_for_the_same_weights_architecture_and_limits_alone(tmp_path):
     manifest = Bundle.open(write_fake_bundle(tmp_path / "tiny")).manifest
     moved = dataclasses.replace(SOURCE, kind="hub", name="org/tiny", revision="main")
-    assert same_source(manifest, SOURCE, CONFIG, LIMITS)
-    assert same_source(manifest, moved, CONFIG, LIMITS)
+    assert same_source(manifest, SOURCE, "g4", CONFIG, LIMITS)
+    assert same_source(manifest, moved, "g4", CONFIG, LIMITS)
     others = [
-        (dataclasses.replace(SOURCE, weights_sha256="1" * 64), CONFIG, LIMITS),
-        (SOURCE, dataclasses.replace(CONFIG, rope_theta=5000.0), LIMITS),
-        (SOURCE, CONFIG.with_router_mode("per_token"), LIMITS),
-        (SOURCE, CONFIG, dataclasses.replace(LIMITS, max_batch_size=8)),
+        (dataclasses.replace(SOURCE, weights_sha256="1" * 64), "g4", CONFIG, LIMITS),
+        (SOURCE, "g4h", CONFIG, LIMITS),
+        (SOURCE, "g4", dataclasses.replace(CONFIG, rope_theta=5000.0), LIMITS),
+        (SOURCE, "g4", CONFIG.with_router_mode("per_token"), LIMITS),
+        (SOURCE, "g4", CONFIG, dataclasses.replace(LIMITS, max_batch_size=8)),
     ]
     assert not any(same_source(manifest, *other) for other in others)

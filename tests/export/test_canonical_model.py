@@ -15,14 +15,11 @@ from export.checks import ExportCheckError, check_numbers, check_structure
 from export.graph import export_onnx
 from export.lowerings.half_precision import lower_to_half
 from model.checkpoint import load_checkpoint
-from model.contract import layer_taps, step_contract
+from model.contract import layer_taps
 from model.doge import DogeForCausalLM
-from model.seed_rewrites import rewrite_for_export
-from runtime.backends.base import Backend, Limits
-from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
-from runtime.backends.torch_backend import TorchBackend
 from runtime.sampling import SamplingParams
 from runtime.session import GenerationSession
+from tests.export.conftest import Exported
 from tests.golden_cases import GOLDEN_CASES
 
 FAST_CASES = ("g1", "g3", "g4_moe", "g4_window")
@@ -30,44 +27,11 @@ CASES = [
     case if case in FAST_CASES else pytest.param(case, marks=pytest.mark.slow)
     for case in GOLDEN_CASES
 ]
-SLOTS = {"g1": 64}  # as wide as its stored mask
-# The contract is 1e-3 at logits of size 30. Without norms of queries and keys attention amplifies
-# rounding: the specification in float64 is 9e-5 from g4h's stored float32 numbers, ONNX Runtime
-# 1.5e-4, where the others measure up to 8e-5.
-ATOL = {"g4h": 3e-4}
 
 
-class Exported:
-    """A golden case with its network, its exported model, and both backends on it."""
-
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.atol = ATOL.get(folder.name, 1e-4)
-        slots = SLOTS.get(folder.name, 96)
-        self.limits = Limits(max_batch_size=3, max_input_len=slots, max_seq_len=slots)
-        self.golden = np.load(folder / "golden.npz")
-        self.network = load_checkpoint(folder)
-        self.rewritten, _ = rewrite_for_export(self.network, slots)
-        config = self.network.config
-        self.contract = step_contract(config, self.network.generation, max_seq_len=slots)
-        self.path = export_onnx(self.rewritten, work / "model.onnx", max_seq_len=slots)
-        self.torch: Backend = TorchBackend(self.network, limits=self.limits, variant="fp32")
-        self.onnxruntime: Backend = OnnxRuntimeBackend(
-            make_session(str(self.path), 1),
-            self.contract,
-            limits=self.limits,
-            variant="fp32",
-            vocab_size=config.vocab_size,
-            router_mode=config.router_mode if config.is_moe else None,
-        )
-
-
-@pytest.fixture(scope="module", params=CASES)
-def exported(
-    request: pytest.FixtureRequest,
-    golden: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Exported:
-    return Exported(golden(request.param), tmp_path_factory.mktemp(request.param))
+@pytest.fixture(params=CASES)
+def exported(request: pytest.FixtureRequest, exported_case: Callable[[str], Exported]) -> Exported:
+    return exported_case(request.param)
 
 
 def test_structure_keeps_the_contract(exported):
@@ -216,20 +180,7 @@ def test_float16_model_follows_the_float32_one(exported, tmp_path):
     path = tmp_path / "half.onnx"
     ir.save(model, path, external_data="half.onnx.data")
     onnx.checker.check_model(str(path), full_check=True)
-    config = exported.network.config
-    half = OnnxRuntimeBackend(
-        make_session(str(path), 1),
-        step_contract(
-            config,
-            exported.network.generation,
-            max_seq_len=exported.limits.max_seq_len,
-            cache_dtype="float16",
-        ),
-        limits=exported.limits,
-        variant="fp16",
-        vocab_size=config.vocab_size,
-        router_mode=config.router_mode if config.is_moe else None,
-    )
+    half = exported.backend_on(path, exported.contract_with("float16"))
     ids = exported.golden["input_ids"][:1]
     lengths = np.array([ids.shape[1]])
     expected = exported.golden["prefill_logits"][:1]

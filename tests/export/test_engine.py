@@ -83,15 +83,14 @@ def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_engine_for_sm89_builds_for_every_golden_case(golden, case, tmp_path):
-    network = load_checkpoint(golden(case))
-    rewritten, _ = rewrite_for_export(network, 64)
-    path = export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64)
-    path = lower_for_tensorrt(path, tmp_path, "float16")
-    contract = step_contract(
-        network.config, network.generation, max_seq_len=64, cache_dtype="float16"
+def test_engine_for_sm89_builds_for_every_golden_case(exported_case, case, tmp_path):
+    exported = exported_case(case)
+    network = exported.network
+    path = lower_for_tensorrt(exported.path, tmp_path, "float16")
+    config = EngineConfig(
+        precision="fp16", max_input_len=exported.slots, max_seq_len=exported.slots
     )
-    config = EngineConfig(precision="fp16", max_input_len=64, max_seq_len=64)
+    contract = exported.contract_with("float16")
     built = build_engine(path, config, contract, BuildProgress(quiet=True))
     layers = network.config.num_hidden_layers
     assert built.report.attention == layers

@@ -1,0 +1,128 @@
+"""What ONNX Runtime is given on a CPU: every lowering it needs, in order.
+
+The result is no longer standard ONNX: it holds operators that ONNX Runtime alone has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import onnx_ir as ir
+
+from export.lowerings.expert_rows import gather_expert_rows
+from export.lowerings.graph_editor import GraphEditor
+from export.lowerings.grouped_query_attention import use_grouped_query_attention
+from export.lowerings.mask_scores import compose_mask_scores
+from export.lowerings.narrow_weights import Bits, narrow_weights
+from export.lowerings.projections import pack_projections, store_weights_transposed
+from export.lowerings.residual_norms import fuse_residual_norms
+from export.lowerings.silu import fuse_silu
+from model.config import DogeConfig
+
+CpuPrecision = Literal["fp32", "int8", "int4"]
+CPU_PRECISIONS: tuple[CpuPrecision, ...] = get_args(CpuPrecision)
+CPU_BITS: dict[CpuPrecision, Bits] = {"int8": 8, "int4": 4}
+# Longer prompts are fed in pieces, so that no bias of a whole prompt by a whole context is made.
+CHUNK_LENGTH = 512
+
+
+# Operators that look rows up, and which of their inputs they do that in.
+_TABLES = {
+    ("Gather", 0),
+    ("GatherBlockQuantized", 0),
+    ("GatherBlockQuantized", 2),
+    ("RotaryEmbedding", 1),
+    ("RotaryEmbedding", 2),
+    ("GroupQueryAttention", 7),
+    ("GroupQueryAttention", 8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuModel:
+    """What a runtime must know of a lowered model.
+
+    Attributes:
+        score_heads: N, mask scores cached with each key; None where none is.
+        read_bytes_per_token: bytes of weights that a step of one token reads.
+    """
+
+    score_heads: int | None
+    read_bytes_per_token: int
+
+    def as_details(self) -> dict[str, Any]:
+        """The details of its variant in a manifest."""
+        return {
+            "cache_dtype": "float32",
+            "score_dtype": "float32",
+            "score_heads": self.score_heads,
+            "rows_alone": True,
+            "chunk_length": CHUNK_LENGTH,
+            "read_bytes_per_token": self.read_bytes_per_token,
+        }
+
+
+def lower_for_cpu(
+    canonical: Path, path: Path, config: DogeConfig, *, slots: int, precision: CpuPrecision = "fp32"
+) -> CpuModel:
+    """Write the lowered model `path` and, beside it, its weights as external data.
+
+    Args:
+        canonical: the canonical model.
+        path: the `.onnx` file to write.
+        config: the architecture.
+        slots: C, the cache slots of the canonical model.
+        precision: of the weights; activations are float32, or int8 within products with narrow
+            weights.
+
+    Raises:
+        ValueError: a graph that is not canonical, or sizes that narrow weights cannot have.
+    """
+    model = ir.load(canonical)
+    editor = GraphEditor(model)
+    store_weights_transposed(editor)
+    selects = slots > config.keep_window_size
+    heads = compose_mask_scores(editor, config.num_attention_heads, per_query_head=not selects)
+    pack_projections(editor)
+    use_grouped_query_attention(editor)
+    gather_expert_rows(editor)
+    fuse_silu(editor)
+    fuse_residual_norms(editor)
+    if precision in CPU_BITS:
+        editor.finish()
+        narrow_weights(editor, CPU_BITS[precision])
+    editor.finish()
+    used = {node.op_identifier() for node in model.graph}
+    for name in [name for name in model.functions if name not in used]:
+        del model.functions[name]
+    ir.save(model, path, external_data=f"{path.name}.data")
+    return CpuModel(
+        score_heads=heads or None, read_bytes_per_token=_read_bytes_per_token(model.graph, config)
+    )
+
+
+def _read_bytes_per_token(graph: ir.Graph, config: DogeConfig) -> int:
+    """Bytes of stored tensors that a step of one token reads; of tables, the rows it looks up."""
+    total = 0
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        uses = [(use.node, use.idx) for use in value.uses()]
+        if all((node.op_type, place) in _TABLES for node, place in uses):
+            rows = max(_rows_read(node, config) for node, _ in uses)
+            total += tensor.nbytes // tensor.numpy().shape[0] * rows
+        else:
+            total += tensor.nbytes
+    return total
+
+
+def _rows_read(node: ir.Node, config: DogeConfig) -> int:
+    indices = node.inputs[1]
+    if node.op_type.startswith("Gather") and indices is not None and not indices.is_graph_input():
+        if config.is_seed:
+            return config.num_cdmmoe_heads * config.num_cdmmoe_experts_per_head
+        return config.num_experts_per_tok
+    return 1
