@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "runtime.generate",
     "score": "runtime.score",
     "compare": "runtime.compare",
+    "benchmark": "runtime.benchmark",
     "audit": "runtime.audit",
 }
 
