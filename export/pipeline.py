@@ -34,6 +34,7 @@ from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
 from export.quality import SAMPLED_LENGTH, QualityError, measure_quality
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
+from export.token_choice import WIDTH, export_token_choice
 from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
 from model.doge import DogeForCausalLM
@@ -50,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 # What the variant of ONNX Runtime is called that runs the canonical model as it is.
 CANONICAL = "canonical"
+TOKEN_CHOICE = "cpu/token_choice.onnx"
 # Packages whose version can change what a build gives.
 _PACKAGES = (
     "torch",
@@ -296,15 +298,26 @@ class _Build:
             self._measure_quality(path, lowered, precision)
         self._writer.add_file("cpu", relative)
         self._writer.add_file("cpu", f"{relative}.data")
+        self._add_token_choice()
         variant = Variant(
             backend="onnxruntime",
             name=precision,
             path=relative,
             precision=precision,
-            details=lowered.as_details(),
+            details={
+                **lowered.as_details(),
+                "token_choice": {"path": TOKEN_CHOICE, "width": WIDTH},
+            },
         )
         self._variants.append(variant)
         self._variants.sort(key=_preference)
+
+    def _add_token_choice(self) -> None:
+        """Write the model that chooses tokens, which all CPU models of a bundle share."""
+        if (self._writer.folder / TOKEN_CHOICE).exists():
+            return
+        export_token_choice(self._writer.path_for(TOKEN_CHOICE), self._checkpoint.config.vocab_size)
+        self._writer.add_file("cpu", TOKEN_CHOICE)
 
     def _measure_quality(self, path: Path, lowered: CpuModel, precision: CpuPrecision) -> None:
         """Compare a narrow model with the canonical one; refuse it beyond its bound."""

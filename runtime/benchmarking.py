@@ -7,6 +7,7 @@ them is a pause, because ONNX Runtime's threads go on spinning for 30 to 40 ms a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ import numpy as np
 from runtime.backends import open_backend
 from runtime.backends.base import Backend, Cache, Ids
 from runtime.bundle import Bundle
+from runtime.sampling import SamplingParams, make_sampler
 from runtime.system_process import Opened, Opener, SystemProcess, Timing
+from runtime.token_chooser import TokenChooser
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +134,7 @@ def open_backend_system(
 def time_generation(backend: Backend, cache: Cache, prompts: Ids, output_len: int) -> Timing:
     """Generate greedily and time every token, from an empty cache.
 
-    A backend hands its logits over as numpy, so whatever device it uses has finished by then.
+    A backend hands logits and ids over as numpy, so whatever device it uses has finished by then.
 
     Args:
         backend: what runs.
@@ -143,9 +146,10 @@ def time_generation(backend: Backend, cache: Cache, prompts: Ids, output_len: in
     marks = [time.perf_counter()]
     tokens = backend.prefill(prompts, lengths, cache).argmax(axis=1)
     marks.append(time.perf_counter())
-    for _ in range(output_len - 1):
-        tokens = backend.decode(tokens, cache).argmax(axis=1)
-        marks.append(time.perf_counter())
+    sampler = make_sampler(SamplingParams(temperature=0), backend.vocab_size)
+    choice = TokenChooser(sampler, prompts, lengths, np.arange(len(prompts)))
+    steps = backend.decode_many(tokens, cache, choice, np.ones(len(prompts), bool))
+    marks += [time.perf_counter() for _ in itertools.islice(steps, output_len - 1)]
     first, *later = np.diff(marks).tolist()
     return Timing(ttft_s=first, step_s=tuple(later))
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from runtime.backends.base import Backend, Ids, Logits
-from runtime.philox import uniform_numbers
+from runtime.backends.base import Backend, Ids
 from runtime.sampling import Sampler, SamplingParams, make_sampler, top_logprobs
 from runtime.text_stream import TextStream
+from runtime.token_chooser import TokenChooser
 from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -179,30 +178,30 @@ class _Batch:
 
     def run(self) -> Iterator[GenerationEvent]:
         """Prefill, then one round of sampling and decoding per token."""
-        backend, sampler, params = self._backend, self._sampler, self._params
+        backend, sampler = self._backend, self._sampler
         rows = len(self._lengths)
         longest = int((self._lengths + self._limits).max())
         cache = backend.new_cache(rows, longest)
         logits = backend.prefill(self._prompts, self._lengths, cache)
-        history = sampler.start_history(self._prompts, self._lengths)
+        choice = TokenChooser(
+            sampler, self._prompts, self._lengths, self._indices, frozenset(self._stop_ids)
+        )
         active = np.ones(rows, bool)
-        forbidden = tuple(sorted(self._stop_ids))
-        for count in itertools.count():
-            uniform = uniform_numbers(params.seed, self._indices, np.full(rows, count))
-            tokens = sampler(
-                logits, history, uniform, forbidden if count < params.min_tokens else ()
-            )
-            for row in np.flatnonzero(active):
-                event = self._event(int(row), int(tokens[row]), count + 1, logits)
-                active[row] = event.finish_reason is None
+        first = choice.choose(logits, 0, active)
+        steps = itertools.chain([first], backend.decode_many(first, cache, choice, active))
+        running = list(range(rows))
+        for count, tokens in enumerate(steps, 1):
+            ids = tokens.tolist()
+            for row in tuple(running):
+                event = self._event(row, ids[row], count, choice)
+                if event.finish_reason is not None:
+                    active[row] = False
+                    running.remove(row)
                 yield event
-            if not active.any():
+            if not running:
                 return
-            history.append(tokens, active)
-            logits = backend.decode(tokens, cache, active)
-            logits[~active] = 0  # rows that have ended hold anything, also what is no number
 
-    def _event(self, row: int, token: int, count: int, logits: Logits) -> GenerationEvent:
+    def _event(self, row: int, token: int, count: int, choice: TokenChooser) -> GenerationEvent:
         """The event of a row's token number `count`, which may be its last."""
         reason: FinishReason | None = None
         text_stream = self._texts[row]
@@ -217,12 +216,10 @@ class _Batch:
             index=int(self._indices[row]),
             token_id=token,
             text=text,
-            logprobs=self._logprobs(logits[row], token),
+            logprobs=None if self._params.logprobs is None else self._logprobs(row, token, choice),
             finish_reason=reason,
         )
 
-    def _logprobs(self, logits: npt.NDArray[np.float32], token: int) -> TokenLogprobs | None:
-        if self._params.logprobs is None:
-            return None
-        logprob, top = top_logprobs(logits, token, self._params.logprobs)
+    def _logprobs(self, row: int, token: int, choice: TokenChooser) -> TokenLogprobs:
+        logprob, top = top_logprobs(choice.logits[row], token, self._params.logprobs or 0)
         return TokenLogprobs(logprob=logprob, top=tuple(top))

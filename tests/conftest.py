@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,13 @@ import pytest
 from tests.tiny_doge import MOE, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _messages_as_in_a_fresh_process() -> None:
+    """A command that ran before, in a test or in a fixture, has set what its packages log."""
+    for package in ("plugins", "model", "runtime", "export"):
+        logging.getLogger(package).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
     from runtime.manifest import Variant
+    from runtime.token_chooser import TokenChooser
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -195,20 +198,60 @@ class Backend(ABC):
         Raises:
             ValueError: ids outside the vocabulary or an active row that is full.
         """
-        self._check_rows("ids", input_ids, cache)
         taking_part = np.ones(cache.batch_size, bool) if active is None else active
-        self._check_ids(input_ids[taking_part])
-        full = np.flatnonzero(taking_part & (cache.lengths >= cache.capacity))
-        if full.size:
-            raise ValueError(
-                f"row {full[0]} already holds {cache.capacity} tokens, the limit of this cache"
-            )
-        self._cut(cache, np.minimum(cache.lengths, cache.capacity - 1))
+        self.check_decoding(input_ids, cache, taking_part, 1)
         tokens = np.where(taking_part, input_ids, 0)[:, None]
         index = np.zeros((cache.batch_size, 1), np.int64)
         logits = self._step(tokens, cache.lengths, index, cache, None)[:, 0]
         cache.lengths += taking_part
         return logits
+
+    def check_decoding(
+        self, input_ids: Ids, cache: Cache, active: npt.NDArray[np.bool_], count: int
+    ) -> None:
+        """Check what `decode` and `decode_many` are asked for, and make room in other rows.
+
+        Raises:
+            ValueError: ids outside the vocabulary, or an active row without room for `count`.
+        """
+        self._check_rows("ids", input_ids, cache)
+        self._check_ids(input_ids[active])
+        full = np.flatnonzero(active & (cache.lengths + count > cache.capacity))
+        if full.size:
+            row = full[0]
+            raise ValueError(
+                f"row {row} already holds {cache.lengths[row]} tokens, {count} more exceed the "
+                f"limit of this cache, {cache.capacity}"
+            )
+        self._cut(cache, np.minimum(cache.lengths, cache.capacity - 1))
+
+    def decode_many(
+        self,
+        input_ids: Ids,
+        cache: Cache,
+        choice: TokenChooser,
+        active: npt.NDArray[np.bool_],
+    ) -> Iterator[Ids]:
+        """Decode and choose, one step for each item that is asked for, until the cache is full.
+
+        Args:
+            input_ids: [B] int64, the tokens to begin with; each row has got one token so far.
+            cache: the batch's cache.
+            choice: how tokens are chosen; its `logits` are those of the last step.
+            active: [B] bool, the rows that take part; the caller may take rows out between steps.
+
+        Yields:
+            [B] int64, valid until the next step; meaningless for rows that take no part.
+
+        Raises:
+            ValueError: as `decode`, or logits from which nothing can be picked.
+        """
+        tokens = input_ids
+        for count in itertools.count(1):
+            logits = self.decode(tokens, cache, active)
+            logits[~active] = 0  # rows that have ended hold anything, also what is no number
+            tokens = choice.choose(logits, count, active)
+            yield tokens
 
     def rewind(self, cache: Cache, lengths: Ids) -> None:
         """Forget the tokens of each row beyond `lengths[b]`.

@@ -7,19 +7,33 @@ output. Buffers are bound by address, so one row of a batch is bound as a batch 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from model.contract import DTYPE_BYTES, StepContract, TensorSpec
-from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Limits, Logits
+from runtime.backends.base import (
+    Backend,
+    BackendUnavailableError,
+    Cache,
+    Ids,
+    Limits,
+    Logits,
+)
+from runtime.sampling import SamplingParams
+from runtime.sampling_tail import TailInputs, tail_covers
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
     from runtime.manifest import Variant
+    from runtime.token_chooser import TokenChooser
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -52,8 +66,40 @@ class _DecodeBinding:
     logits: Logits
 
 
+@dataclass(frozen=True)
+class _ChoiceBinding:
+    """The choice of a token behind a step, bound once: it reads and writes the step's arrays.
+
+    Attributes:
+        binding: everything bound by address; the next id goes where the step reads its token.
+        inputs: what is written before each step.
+        fits: [B, 1] bool, whether the choice is certain; where not, the host chooses.
+    """
+
+    binding: Any
+    inputs: TailInputs
+    fits: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """The model that chooses a token from logits.
+
+    Attributes:
+        session: an inference session on it.
+        width: candidates that it sorts.
+    """
+
+    session: Any
+    width: int
+
+
 class OnnxRuntimeBackend(Backend):
-    """Runs an ONNX model of the bundle with ONNX Runtime."""
+    """Runs an ONNX model of the bundle with ONNX Runtime.
+
+    Attributes:
+        host_choices: tokens that the host chose because the graph was not certain.
+    """
 
     name = "onnxruntime"
 
@@ -68,7 +114,10 @@ class OnnxRuntimeBackend(Backend):
         router_mode: str | None,
         rows_alone: bool = False,
         chunk_length: int | None = None,
+        token_choice: TokenChoice | None = None,
     ) -> None:
+        self._choice = token_choice
+        self.host_choices = 0
         self.rows_alone = rows_alone
         self.chunk_length = chunk_length
         self.variant = variant
@@ -81,12 +130,13 @@ class OnnxRuntimeBackend(Backend):
 
     @classmethod
     def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
-        """Load the variant's model into a session.
+        """Load the variant's model, and the one that chooses tokens, into sessions.
 
         Raises:
-            BackendUnavailableError: onnxruntime is not installed, or refuses the model.
+            BackendUnavailableError: onnxruntime is not installed, or refuses a model.
         """
         config = bundle.config
+        choice = variant.details.get("token_choice")
         return cls(
             make_session(str(bundle.path / variant.path), threads),
             bundle.contract_of(variant),
@@ -96,6 +146,9 @@ class OnnxRuntimeBackend(Backend):
             router_mode=config.router_mode if config.is_moe else None,
             rows_alone=bool(variant.details.get("rows_alone", False)),
             chunk_length=variant.details.get("chunk_length"),
+            token_choice=None
+            if choice is None
+            else TokenChoice(make_session(str(bundle.path / choice["path"]), 1), choice["width"]),
         )
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> OnnxRuntimeCache:
@@ -149,16 +202,106 @@ class OnnxRuntimeBackend(Backend):
         bound = cache.decoding[row]
         ids, positions, slots, _ = bound.tokens
         ids[:] = input_ids
-        slots[:] = positions[:, 0] = write_index
+        slots[:] = write_index
+        positions[:, 0] = write_index
         self._session.run_with_iobinding(bound.binding)
         return bound.logits.copy()
+
+    def decode_many(
+        self,
+        input_ids: Ids,
+        cache: Cache,
+        choice: TokenChooser,
+        active: npt.NDArray[np.bool_],
+    ) -> Iterator[Ids]:
+        """As in the base class; where the graph can choose, ids and logits stay where they are."""
+        if not isinstance(cache, OnnxRuntimeCache):
+            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
+        reason = self._why_host_chooses(choice)
+        if reason is None:
+            return self._choose_in_graph(input_ids, cache, choice, active)
+        logger.info("tokens are chosen by the host: %s", reason)
+        return super().decode_many(input_ids, cache, choice, active)
+
+    def _why_host_chooses(self, choice: TokenChooser) -> str | None:
+        if self._choice is None:
+            return "this model has no graph that chooses"
+        if self._device != "cpu":
+            return "the graph that chooses runs on the CPU"
+        return tail_covers(
+            choice.sampler.params, vocab_size=self.vocab_size, width=self._choice.width
+        )
+
+    def _choose_in_graph(
+        self,
+        input_ids: Ids,
+        cache: OnnxRuntimeCache,
+        choice: TokenChooser,
+        active: npt.NDArray[np.bool_],
+    ) -> Iterator[Ids]:
+        if self._choice is None or self._session is None:
+            raise AssertionError("an open backend with a graph that chooses")
+        if None not in cache.decoding:
+            cache.decoding[None] = self._bind_decoding(cache, None)
+        step = cache.decoding[None]
+        chosen = self._bind_choice(step, choice.sampler.params)
+        tokens = step.tokens[0][:, 0]
+        tokens[:] = np.where(active, input_ids, 0)
+        choice.logits = step.logits[:, 0]
+        # By their own names: this loop is Python's whole share of a token. Positions and slots are
+        # bound to the cache's lengths, so one addition moves all three on.
+        run, run_choice = self._session.run_with_iobinding, self._choice.session.run_with_iobinding
+        step_binding, choice_binding = step.binding, chosen.binding
+        lengths, greedy = cache.lengths, choice.sampler.greedy
+        uniform, certain = chosen.inputs.uniform, chosen.fits[:, 0]
+        count = 0
+        while True:
+            self.check_decoding(tokens, cache, active, 1)
+            for _ in range(cache.capacity - int(lengths.max())):
+                count += 1
+                if not greedy:
+                    uniform[:] = choice.uniform(count)
+                run(step_binding)
+                run_choice(choice_binding)
+                if False in certain.tolist():
+                    self._choose_on_host(step, chosen, choice, count, active)
+                np.add(lengths, active, out=lengths)
+                yield tokens
+
+    def _choose_on_host(
+        self,
+        step: _DecodeBinding,
+        chosen: _ChoiceBinding,
+        choice: TokenChooser,
+        count: int,
+        active: npt.NDArray[np.bool_],
+    ) -> None:
+        """Choose for the rows of which the graph was not certain."""
+        rows = np.flatnonzero(active & ~chosen.fits[:, 0])
+        if rows.size:
+            self.host_choices += rows.size
+            step.tokens[0][rows, 0] = choice.choose_rows(step.logits[rows, 0], count, rows)
+
+    def _bind_choice(self, step: _DecodeBinding, params: SamplingParams) -> _ChoiceBinding:
+        if self._choice is None:
+            raise AssertionError("there is a graph that chooses")
+        ids = step.tokens[0]
+        inputs, fits = TailInputs.make(params, len(ids)), np.zeros(ids.shape, bool)
+        binding = self._choice.session.io_binding()
+        for name, array in {"logits": step.logits, **inputs.feeds()}.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in {"next_id": ids, "fits": fits}.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return _ChoiceBinding(binding=binding, inputs=inputs, fits=fits)
 
     def _bind_decoding(self, cache: OnnxRuntimeCache, row: int | None) -> _DecodeBinding:
         batch = cache.batch_size if row is None else 1
         binding = self._session.io_binding()
         self._bind_cache(binding, cache, row)
-        ids, positions, wanted = (np.zeros((batch, 1), np.int64) for _ in range(3))
-        tokens = (ids, positions, np.zeros(batch, np.int64), wanted)
+        ids, wanted = (np.zeros((batch, 1), np.int64) for _ in range(2))
+        # A token's position is its slot, and its slot is the row's length.
+        slots = cache.lengths if row is None else np.zeros(batch, np.int64)
+        tokens = (ids, slots[:, None], slots, wanted)
         for spec, array in zip(self._contract.tokens, tokens, strict=True):
             binding.bind_input(spec.name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
         logits = np.zeros((batch, 1, self.vocab_size), np.float32)

@@ -271,7 +271,9 @@ def test_decode_of_a_full_row_is_an_error_that_changes_nothing() -> None:
     cache = backend.new_cache(2)
     backend.prefill(*padded([[1], [1, 2, 3, 4]]), cache)
     backend.calls.clear()
-    with pytest.raises(ValueError, match="row 1 already holds 4 tokens, the limit of this cache"):
+    with pytest.raises(
+        ValueError, match="row 1 already holds 4 tokens, 1 more exceed the limit of this cache, 4"
+    ):
         backend.decode(ids_of(1, 1), cache)
     assert not backend.calls
     assert cache.lengths.tolist() == [1, 4]
