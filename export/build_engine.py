@@ -9,6 +9,7 @@ from pathlib import Path
 
 from export.bundle_writer import BundleWriteError
 from export.checks import ExportCheckError
+from export.cpu_models import KV_CACHE_DTYPES, CpuRequest
 from export.engine import PRECISIONS, EngineBuildError, EngineConfig
 from export.estimate import estimate
 from export.lowerings.cpu import CPU_PRECISIONS
@@ -64,10 +65,16 @@ def make_parser() -> CommandParser:
         help="weights of the model for ONNX Runtime on the CPU",
     )
     parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="number format of cached keys and values on the CPU (auto: float32)",
+    )
+    parser.add_argument(
         "--eval-text",
         type=Path,
         metavar="FILE",
-        help="text on which narrow weights are measured (one that the float32 model samples)",
+        help="text on which what is narrow is measured (one that the float32 model samples)",
     )
     parser.add_argument("--max-batch-size", type=int, default=4, help="sequences side by side")
     parser.add_argument("--max-input-len", type=int, help="tokens of one pass (max-seq-len)")
@@ -102,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
         random_shape=args.random_weights,
         output=output,
         engine=None if args.backend == "none" else engine,
-        cpu=None if args.cpu == "none" else args.cpu,
-        eval_text=args.eval_text,
+        cpu=_cpu_request(args),
         limits=engine.limits,
         router_mode=args.router,
         keep_checkpoint=not args.no_checkpoint,
@@ -149,6 +155,19 @@ def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig
     )
 
 
+def _cpu_request(args: argparse.Namespace) -> CpuRequest | None:
+    if args.cpu != "none":
+        return CpuRequest(
+            precision=args.cpu, kv_cache_dtype=args.kv_cache_dtype, eval_text=args.eval_text
+        )
+    if args.kv_cache_dtype != "auto":
+        raise UsageError(
+            f"--kv-cache-dtype {args.kv_cache_dtype} is for models on the CPU and --cpu none "
+            "builds none; an engine caches in its own precision"
+        )
+    return None
+
+
 def _print_estimate(
     args: argparse.Namespace,
     config: DogeConfig,
@@ -158,8 +177,9 @@ def _print_estimate(
 ) -> None:
     found = estimate(config, generation, engine)
     steps = ["read checkpoint", "export ONNX", "check ONNX"]
-    if args.cpu != "none":
-        steps.append(f"lower to {args.cpu} for the CPU")
+    request = _cpu_request(args)
+    if request is not None:
+        steps.append(f"lower to {request.name} for the CPU")
     if args.backend != "none":
         steps += [f"lower to {engine.precision}", f"build engine for {', '.join(engine.targets)}"]
     steps.append("write bundle")

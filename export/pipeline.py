@@ -13,6 +13,7 @@ from typing import Any
 
 from export.bundle_writer import BundleWriter, same_source
 from export.checks import check_numbers, check_structure
+from export.cpu_models import CpuModelBuilder, CpuRequest
 from export.engine import (
     DTYPES,
     PRECISIONS,
@@ -22,36 +23,23 @@ from export.engine import (
     check_builder,
 )
 from export.graph import MODEL_NAME, export_onnx
-from export.lowerings.cpu import (
-    CHUNK_LENGTH,
-    CPU_BITS,
-    CPU_PRECISIONS,
-    CpuModel,
-    CpuPrecision,
-    lower_for_cpu,
-)
+from export.lowerings.cpu import CPU_PRECISIONS
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
-from export.quality import SAMPLED_LENGTH, QualityError, measure_quality
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
-from export.token_choice import WIDTH, export_token_choice
 from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
 from model.doge import DogeForCausalLM
 from model.hub import ModelLocation
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
-from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.bundle import Bundle
 from runtime.manifest import BundleFile, Manifest, Source, Variant
-from runtime.scoring import split_windows
-from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 # What the variant of ONNX Runtime is called that runs the canonical model as it is.
 CANONICAL = "canonical"
-TOKEN_CHOICE = "cpu/token_choice.onnx"
 # Packages whose version can change what a build gives.
 _PACKAGES = (
     "torch",
@@ -73,8 +61,7 @@ class BuildRequest:
         random_shape: name of a released shape for random weights, or None.
         output: folder of the bundle.
         engine: the engine to build, None for none.
-        cpu: precision of the model lowered for the CPU, None for none.
-        eval_text: a file on which narrow weights are measured, None samples a text.
+        cpu: the model lowered for the CPU, None for none.
         limits: limits of every model in the bundle.
         router_mode: overrides the checkpoint's, None keeps it.
         keep_checkpoint: put the checkpoint into the bundle, for backend torch.
@@ -85,8 +72,7 @@ class BuildRequest:
     random_shape: str | None
     output: Path
     engine: EngineConfig | None
-    cpu: CpuPrecision | None
-    eval_text: Path | None
+    cpu: CpuRequest | None
     limits: Limits
     router_mode: str | None
     keep_checkpoint: bool
@@ -267,112 +253,28 @@ class _Build:
         )
 
     def cpu_model(self) -> None:
-        """Lower the canonical model for the CPU and check it, unless the bundle has it already."""
-        precision = self._request.cpu
-        if precision is None:
+        """Add the model for the CPU, unless the bundle has it already."""
+        request = self._request.cpu
+        if request is None or any(variant.path == request.path for variant in self._variants):
             return
-        relative = f"cpu/{precision}.onnx"
-        if any(variant.path == relative for variant in self._variants):
-            return
-        path = self._writer.path_for(relative)
-        limits = self._request.limits
-        with self._progress.stage(f"lower to {precision} for the CPU"):
-            lowered = lower_for_cpu(
-                self._writer.folder / MODEL_NAME,
-                path,
-                self._checkpoint.config,
-                slots=limits.max_seq_len,
-                precision=precision,
-            )
-        if precision == "fp32":
-            network = self.network()
-            with self._progress.stage("check the CPU model"):
-                self._checks["cpu_fp32_against_torch"] = check_numbers(
-                    path,
-                    self.contract(score_heads=lowered.score_heads),
-                    network,
-                    limits,
-                    rows_alone=True,
-                )
-        else:
-            self._measure_quality(path, lowered, precision)
-        self._writer.add_file("cpu", relative)
-        self._writer.add_file("cpu", f"{relative}.data")
-        self._add_token_choice()
-        variant = Variant(
-            backend="onnxruntime",
-            name=precision,
-            path=relative,
-            precision=precision,
-            details={
-                **lowered.as_details(),
-                "token_choice": {"path": TOKEN_CHOICE, "width": WIDTH},
-            },
+        builder = CpuModelBuilder(
+            self._writer.folder,
+            self._checkpoint,
+            self._request.limits,
+            self._progress,
+            trained=self._request.random_shape is None,
         )
-        self._variants.append(variant)
+        built = builder.build(request, self.network, force=self._request.force)
+        for file in built.files:
+            self._writer.add_file("cpu", file)
+        self._checks |= built.checks
+        self._variants.append(built.variant)
         self._variants.sort(key=_preference)
-
-    def _add_token_choice(self) -> None:
-        """Write the model that chooses tokens, which all CPU models of a bundle share."""
-        if (self._writer.folder / TOKEN_CHOICE).exists():
-            return
-        export_token_choice(self._writer.path_for(TOKEN_CHOICE), self._checkpoint.config.vocab_size)
-        self._writer.add_file("cpu", TOKEN_CHOICE)
-
-    def _measure_quality(self, path: Path, lowered: CpuModel, precision: CpuPrecision) -> None:
-        """Compare a narrow model with the canonical one; refuse it beyond its bound."""
-        request, config = self._request, self._checkpoint.config
-        if request.random_shape is not None and request.eval_text is None:
-            logger.info("quality is not measured: it says nothing of random weights")
-            return
-        windows = None if request.eval_text is None else self._eval_windows(request.eval_text)
-        reference = self._backend(self._writer.folder / MODEL_NAME, self.contract())
-        contract = self.contract(score_heads=lowered.score_heads)
-        candidate = self._backend(path, contract, rows_alone=True, chunk_length=CHUNK_LENGTH)
-        with self._progress.stage(f"measure the quality of {precision}"):
-            quality = measure_quality(
-                reference,
-                candidate,
-                bits=CPU_BITS[precision],
-                first_token=config.bos_token_id,
-                windows=windows,
-            )
-        for backend in (reference, candidate):
-            backend.close()
-        self.quality = {"variant": f"onnxruntime:{precision}", **quality.as_dict()}
-        self._checks[f"cpu_{precision}_quality"] = {"passed": quality.accepted, **self.quality}
-        if quality.accepted:
-            logger.info("%s: %s", precision, quality)
-        elif request.force:
-            self._warn(f"{precision} loses more than its bound: {quality}")
-        else:
-            raise QualityError(
-                f"{precision} loses more than its bound: {quality}. Take more bits, measure on a "
-                "text of your own (--eval-text), or accept it with --force"
-            )
-
-    def _backend(self, path: Path, contract: StepContract, **options: Any) -> OnnxRuntimeBackend:
-        config = self._checkpoint.config
-        return OnnxRuntimeBackend(
-            make_session(str(path), None),
-            contract,
-            limits=self._request.limits,
-            variant=path.stem,
-            vocab_size=config.vocab_size,
-            router_mode=config.router_mode if config.is_moe else None,
-            **options,
-        )
-
-    def _eval_windows(self, file: Path) -> list[list[int]]:
-        """The text's tokens, in windows of a sampled sequence's length."""
-        if not self._checkpoint.tokenizer_files:
-            raise FileNotFoundError(
-                f"{self._checkpoint.folder} has no tokenizer, which --eval-text needs"
-            )
-        tokenizer = Tokenizer.open(self._checkpoint.folder)
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"), add_special_tokens=False)
-        length = min(SAMPLED_LENGTH, self._request.limits.max_seq_len)
-        return split_windows(ids, length, tokenizer.bos_token_id)
+        if built.quality is not None:
+            name = f"{built.variant.backend}:{built.variant.name}"
+            self.quality = {"variant": name, **built.quality.as_dict()}
+            if not built.quality.accepted:
+                self._warn(f"{name} loses more than its bound: {built.quality}")
 
     def engine(self) -> dict[str, Any]:
         """Lower the canonical model and build the engine."""
@@ -456,12 +358,13 @@ def _preference(variant: Variant) -> int:
     """Place among a backend's variants, of which the first is its default.
 
     Engines: fp16 before bf16 before fp32. The CPU: lowered models before the canonical one, fp32
-    before narrow ones.
+    before narrow ones, a cache of float32 before one of 8 bits.
     """
     if variant.name == CANONICAL:
-        return len(PRECISIONS) + len(CPU_PRECISIONS)
+        return 2 * (len(PRECISIONS) + len(CPU_PRECISIONS))
     order = CPU_PRECISIONS if variant.backend == "onnxruntime" else PRECISIONS
-    return [*order].index(variant.precision) if variant.precision in order else len(order)
+    place = [*order].index(variant.precision) if variant.precision in order else len(order)
+    return 2 * place + (variant.details.get("cache_dtype") == "int8")
 
 
 def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from export import build_engine
+from export.quality import BOUNDS
 from runtime import generate, score
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
@@ -101,3 +102,44 @@ def test_every_generation_has_an_estimate(name: str, capsys: pytest.CaptureFixtu
     part = found["read_bytes_per_token"] / found["engine_bytes"]
     expected = {"doge-22m": 0.53, "doge-60m-g3": 1, "doge-120m-moe-g4h": 0.46, "doge-20m-g2": 0.6}
     assert part == pytest.approx(expected[name], abs=0.01)
+
+
+def test_cache_of_8_bits_is_refused_where_no_model_has_it(
+    golden: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", golden("g3"), "--output", tmp_path / "bundle", "--cpu", "none")
+    status, error = run(capsys, build_engine.main, *arguments, "--kv-cache-dtype", "int8")
+    assert status == USAGE
+    assert "an engine caches in its own precision" in error["error"]["message"]
+
+
+@pytest.mark.slow
+def test_narrow_models_are_added_and_one_that_loses_too_much_is_refused(
+    tmp_path: Path,
+    tiny_moe: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = tmp_path / "bundle"
+    flags = ("--model", tiny_moe, "--router", "per_token", "--output", bundle, "--backend", "none")
+    status, _ = run(capsys, build_engine.main, *flags)
+    assert status == SUCCESS
+    status, report = run(capsys, build_engine.main, *flags, "--kv-cache-dtype", "int8")
+    assert status == SUCCESS
+    assert report["quality"]["variant"] == "onnxruntime:fp32-kv8"
+    assert report["quality"]["increase"] <= report["quality"]["bound"] == 0.02
+    monkeypatch.setitem(BOUNDS, 4, 1e-4)
+    status, error = run(capsys, build_engine.main, *flags, "--cpu", "int4")
+    assert status == FAILURE
+    assert error["error"]["kind"] == "QualityError"
+    assert "int4 loses more than its bound" in error["error"]["message"]
+    names = [v.name for v in Bundle.open(bundle, verify=True).variants("onnxruntime")]
+    assert names == ["fp32", "fp32-kv8", "canonical"]
+    status, report = run(capsys, build_engine.main, *flags, "--cpu", "int4", "--force")
+    assert status == SUCCESS
+    assert any("loses more than its bound" in warning for warning in report["warnings"])
+    for variant in ("int4", "canonical"):
+        arguments = (bundle, "--prompt-ids", PROMPT, "--max-tokens", 5, "--variant", variant)
+        status, generated = run(capsys, generate.main, *arguments, "--backend", "onnxruntime")
+        assert status == SUCCESS
+        assert generated["variant"] == variant

@@ -5,6 +5,7 @@ The result is no longer standard ONNX: it holds operators that ONNX Runtime alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from export.lowerings.expert_rows import gather_expert_rows
 from export.lowerings.graph_editor import GraphEditor
-from export.lowerings.grouped_query_attention import use_grouped_query_attention
+from export.lowerings.grouped_query_attention import CacheScales, use_grouped_query_attention
 from export.lowerings.mask_scores import compose_mask_scores
 from export.lowerings.narrow_weights import Bits, narrow_weights
 from export.lowerings.projections import pack_projections, store_weights_transposed
@@ -47,15 +48,17 @@ class CpuModel:
     Attributes:
         score_heads: N, mask scores cached with each key; None where none is.
         read_bytes_per_token: bytes of weights that a step of one token reads.
+        cache_dtype: of cached keys and values.
     """
 
     score_heads: int | None
     read_bytes_per_token: int
+    cache_dtype: str = "float32"
 
     def as_details(self) -> dict[str, Any]:
         """The details of its variant in a manifest."""
         return {
-            "cache_dtype": "float32",
+            "cache_dtype": self.cache_dtype,
             "score_dtype": "float32",
             "score_heads": self.score_heads,
             "rows_alone": True,
@@ -65,7 +68,13 @@ class CpuModel:
 
 
 def lower_for_cpu(
-    canonical: Path, path: Path, config: DogeConfig, *, slots: int, precision: CpuPrecision = "fp32"
+    canonical: Path,
+    path: Path,
+    config: DogeConfig,
+    *,
+    slots: int,
+    precision: CpuPrecision = "fp32",
+    cache_scales: Sequence[CacheScales] | None = None,
 ) -> CpuModel:
     """Write the lowered model `path` and, beside it, its weights as external data.
 
@@ -76,6 +85,7 @@ def lower_for_cpu(
         slots: C, the cache slots of the canonical model.
         precision: of the weights; activations are float32, or int8 within products with narrow
             weights.
+        cache_scales: one per layer caches keys and values as int8; None as float32.
 
     Raises:
         ValueError: a graph that is not canonical, or sizes that narrow weights cannot have.
@@ -86,7 +96,7 @@ def lower_for_cpu(
     selects = slots > config.keep_window_size
     heads = compose_mask_scores(editor, config.num_attention_heads, per_query_head=not selects)
     pack_projections(editor)
-    use_grouped_query_attention(editor)
+    use_grouped_query_attention(editor, cache_scales)
     gather_expert_rows(editor)
     fuse_silu(editor)
     fuse_residual_norms(editor)
@@ -99,7 +109,9 @@ def lower_for_cpu(
         del model.functions[name]
     ir.save(model, path, external_data=f"{path.name}.data")
     return CpuModel(
-        score_heads=heads or None, read_bytes_per_token=_read_bytes_per_token(model.graph, config)
+        score_heads=heads or None,
+        read_bytes_per_token=_read_bytes_per_token(model.graph, config),
+        cache_dtype="float32" if cache_scales is None else "int8",
     )
 
 

@@ -6,15 +6,24 @@ each of the S queries, and causality is its own. With S > 1 and a filled cache i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from export.functions import doge_nodes
 from export.lowerings.graph_editor import GraphEditor, producer_of
 from plugins.dynamic_mask_attention.function import LOWEST, keep_largest
+from plugins.onnx_function import Attribute
 from plugins.registry import DYNAMIC_MASK_ATTENTION
+
+_INT8_CACHE: dict[str, Attribute] = {
+    "kv_cache_bit_width": 8,
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,32 @@ class _Heads:
     rotary: ir.Node | None
 
 
-def use_grouped_query_attention(editor: GraphEditor) -> None:
-    """Replace every DynamicMaskAttention with the cache writes and rotations in front of it."""
+@dataclass(frozen=True)
+class CacheScales:
+    """Scales of one layer's cache of 8-bit integers, a number for each channel.
+
+    Attributes:
+        key: float32 [Nkv, D].
+        value: float32 [Nkv, D].
+    """
+
+    key: npt.NDArray[np.float32]
+    value: npt.NDArray[np.float32]
+
+
+def use_grouped_query_attention(
+    editor: GraphEditor, scales: Sequence[CacheScales] | None = None
+) -> None:
+    """Replace every DynamicMaskAttention with the cache writes and rotations in front of it.
+
+    Args:
+        editor: on the canonical model.
+        scales: one per layer caches keys and values as int8; None caches them as they are.
+    """
     nodes = [n for n in doge_nodes(editor.model) if n.op_type == DYNAMIC_MASK_ATTENTION.name]
     lengths = _lengths(editor, nodes[0])
-    for node in nodes:
-        _replace(editor, node, lengths)
+    for layer, node in enumerate(nodes):
+        _replace(editor, node, lengths, None if scales is None else scales[layer])
 
 
 def _lengths(editor: GraphEditor, node: ir.Node) -> _Lengths:
@@ -74,7 +103,9 @@ def _lengths(editor: GraphEditor, node: ir.Node) -> _Lengths:
     )
 
 
-def _replace(editor: GraphEditor, node: ir.Node, lengths: _Lengths) -> None:
+def _replace(
+    editor: GraphEditor, node: ir.Node, lengths: _Lengths, scales: CacheScales | None
+) -> None:
     query, present_key, present_value = node.inputs[:3]
     write_key = producer_of(present_key, "TensorScatter")
     write_value = producer_of(present_value, "TensorScatter")
@@ -102,15 +133,35 @@ def _replace(editor: GraphEditor, node: ir.Node, lengths: _Lengths) -> None:
         sin if rotates_keys else None,
         None,
         _bias(editor, node, query_heads, lengths),
+        *_scale_inputs(editor, present_key, scales),
         num_heads=query_heads,
         kv_num_heads=kv_heads,
         do_rotary=int(rotates_keys),
         scale=node.attributes["scale"].as_float(),
+        **(_INT8_CACHE if scales is not None else {}),
     )
     editor.replace(node.outputs[0], attended)
     for old, new in ((present_key, new_key), (present_value, new_value)):
         if old is not None:
             editor.replace(old, new)
+    if scales is not None:
+        for cached in (write_key.inputs[0], write_value.inputs[0], new_key, new_value):
+            if cached is not None:
+                cached.type = ir.TensorType(ir.DataType.INT8)
+
+
+def _scale_inputs(
+    editor: GraphEditor, present_key: ir.Value | None, scales: CacheScales | None
+) -> tuple[ir.Value | None, ...]:
+    """No attention sink, then the scales of keys and values as [1, Nkv, 1, D]."""
+    if scales is None or present_key is None:
+        return ()
+    layer = (present_key.name or "").removesuffix(".key")
+    stored = (
+        editor.initializer(f"{layer}.{kind}_scale", array[None, :, None].astype(np.float32))
+        for kind, array in (("key", scales.key), ("value", scales.value))
+    )
+    return (None, *stored)
 
 
 def _bias(

@@ -170,6 +170,11 @@ class OnnxRuntimeBackend(Backend):
             decoding={},
         )
 
+    def cached(self, cache: OnnxRuntimeCache) -> dict[str, npt.NDArray[Any]]:
+        """What the cache holds, by the names of the step's inputs; copies where a GPU has it."""
+        names = [spec.name for spec in self._contract.past]
+        return {n: buffer.numpy() for n, buffer in zip(names, cache.buffers, strict=True)}
+
     def close(self) -> None:
         """Drop the session."""
         self._session = None

@@ -1,0 +1,266 @@
+"""Models for ONNX Runtime on the CPU within a build: lower, calibrate, check, measure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from export.cache_scales import calibrate_cache
+from export.checks import check_numbers
+from export.graph import MODEL_NAME
+from export.lowerings.cpu import (
+    CHUNK_LENGTH,
+    CPU_BITS,
+    CPU_PRECISIONS,
+    CpuModel,
+    CpuPrecision,
+    lower_for_cpu,
+)
+from export.lowerings.grouped_query_attention import CacheScales
+from export.progress import BuildProgress
+from export.quality import SAMPLED_LENGTH, Quality, QualityError, measure_quality, sample_text
+from export.sources import Checkpoint
+from export.token_choice import WIDTH, export_token_choice
+from model.contract import StepContract, step_contract
+from model.doge import DogeForCausalLM
+from runtime.backends.base import Limits
+from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
+from runtime.manifest import Variant
+from runtime.scoring import split_windows
+from runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+KVCacheDtype = Literal["auto", "int8"]
+KV_CACHE_DTYPES: tuple[KVCacheDtype, ...] = get_args(KVCacheDtype)
+TOKEN_CHOICE = "cpu/token_choice.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuRequest:
+    """Which model for the CPU to build.
+
+    Attributes:
+        precision: of its weights.
+        kv_cache_dtype: of cached keys and values; `auto` is float32.
+        eval_text: a text on which what is narrow is measured; None samples one.
+    """
+
+    precision: CpuPrecision = "fp32"
+    kv_cache_dtype: KVCacheDtype = "auto"
+    eval_text: Path | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.precision not in CPU_PRECISIONS:
+            problems.append(
+                f"precision must be one of {', '.join(CPU_PRECISIONS)}, got {self.precision!r}"
+            )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            problems.append(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, "
+                f"got {self.kv_cache_dtype!r}"
+            )
+        if problems:
+            raise ValueError("invalid CpuRequest: " + "; ".join(problems))
+
+    @property
+    def name(self) -> str:
+        """The variant's name, e.g. `int4` or, with a cache of 8 bits, `int4-kv8`."""
+        return self.precision if self.kv_cache_dtype == "auto" else f"{self.precision}-kv8"
+
+    @property
+    def path(self) -> str:
+        """Where the model stands in the bundle."""
+        return f"cpu/{self.name}.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltCpuModel:
+    """What a build adds to a bundle.
+
+    Attributes:
+        variant: the runnable model.
+        files: paths of the new files.
+        checks: name of a check to its result.
+        quality: what is lost against float32; None where it was not measured.
+    """
+
+    variant: Variant
+    files: tuple[str, ...]
+    checks: dict[str, dict[str, Any]]
+    quality: Quality | None
+
+
+class CpuModelBuilder:
+    """Makes models for the CPU of the canonical model in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        limits: Limits,
+        progress: BuildProgress,
+        *,
+        trained: bool,
+    ) -> None:
+        """Name what is built from.
+
+        Args:
+            folder: holds the canonical model and gets the new ones.
+            checkpoint: what that was made of.
+            limits: of every model in the folder.
+            progress: is told the stages.
+            trained: whether the weights mean anything; quality is measured only then, or on a text.
+        """
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._limits = limits
+        self._progress = progress
+        self._trained = trained
+
+    def build(
+        self, request: CpuRequest, load_network: Callable[[], DogeForCausalLM], *, force: bool
+    ) -> BuiltCpuModel:
+        """Lower the canonical model and find out how good the result is.
+
+        Args:
+            request: which model.
+            load_network: the reference, asked for where all is float32.
+            force: accept what loses more than its bound.
+
+        Raises:
+            ExportCheckError: a float32 model differs from PyTorch.
+            QualityError: a narrow one loses more than its bound, and `force` is not set.
+        """
+        path = self._folder / request.path
+        path.parent.mkdir(exist_ok=True)
+        scales = self._cache_scales(request) if request.kv_cache_dtype == "int8" else None
+        with self._progress.stage(f"lower to {request.name} for the CPU"):
+            lowered = lower_for_cpu(
+                self._folder / MODEL_NAME,
+                path,
+                self._checkpoint.config,
+                slots=self._limits.max_seq_len,
+                precision=request.precision,
+                cache_scales=scales,
+            )
+        checks: dict[str, dict[str, Any]] = {}
+        quality = None
+        if request.name == "fp32":
+            network = load_network()
+            with self._progress.stage("check the CPU model"):
+                checks["cpu_fp32_against_torch"] = check_numbers(
+                    path, self._contract(lowered), network, self._limits, rows_alone=True
+                )
+        elif self._trained or request.eval_text is not None:
+            quality = self._measure(request, path, lowered, force=force)
+            checks[f"cpu_{request.name}_quality"] = {
+                "passed": quality.accepted,
+                **quality.as_dict(),
+            }
+        else:
+            logger.info("quality is not measured: it says nothing of random weights")
+        return BuiltCpuModel(
+            variant=Variant(
+                backend="onnxruntime",
+                name=request.name,
+                path=request.path,
+                precision=request.precision,
+                details={
+                    **lowered.as_details(),
+                    "token_choice": {"path": TOKEN_CHOICE, "width": WIDTH},
+                },
+            ),
+            files=(request.path, f"{request.path}.data", *self._token_choice()),
+            checks=checks,
+            quality=quality,
+        )
+
+    def _token_choice(self) -> tuple[str, ...]:
+        """Write the model that chooses tokens, which all CPU models share, if it is not there."""
+        path = self._folder / TOKEN_CHOICE
+        if path.exists():
+            return ()
+        export_token_choice(path, self._checkpoint.config.vocab_size)
+        return (TOKEN_CHOICE,)
+
+    def _cache_scales(self, request: CpuRequest) -> list[CacheScales]:
+        reference = self._canonical()
+        with self._progress.stage("calibrate the cache"):
+            windows = self._windows(request)
+            if windows is None:
+                windows = sample_text(reference, self._checkpoint.config.bos_token_id)
+            scales = calibrate_cache(reference, windows)
+        reference.close()
+        return scales
+
+    def _measure(
+        self, request: CpuRequest, path: Path, lowered: CpuModel, *, force: bool
+    ) -> Quality:
+        reference = self._canonical()
+        candidate = self._backend(
+            path, self._contract(lowered), rows_alone=True, chunk_length=CHUNK_LENGTH
+        )
+        with self._progress.stage(f"measure the quality of {request.name}"):
+            quality = measure_quality(
+                reference,
+                candidate,
+                bits=CPU_BITS.get(request.precision, 8),
+                first_token=self._checkpoint.config.bos_token_id,
+                windows=self._windows(request),
+            )
+        for backend in (reference, candidate):
+            backend.close()
+        if not quality.accepted and not force:
+            raise QualityError(
+                f"{request.name} loses more than its bound: {quality}. Take more bits, measure on "
+                "a text of your own (--eval-text), or accept it with --force"
+            )
+        logger.info("%s: %s", request.name, quality)
+        return quality
+
+    def _canonical(self) -> OnnxRuntimeBackend:
+        checkpoint = self._checkpoint
+        contract = step_contract(
+            checkpoint.config, checkpoint.generation, max_seq_len=self._limits.max_seq_len
+        )
+        return self._backend(self._folder / MODEL_NAME, contract)
+
+    def _contract(self, lowered: CpuModel) -> StepContract:
+        return step_contract(
+            self._checkpoint.config,
+            self._checkpoint.generation,
+            max_seq_len=self._limits.max_seq_len,
+            cache_dtype=lowered.cache_dtype,
+            score_heads=lowered.score_heads,
+        )
+
+    def _backend(self, path: Path, contract: StepContract, **options: Any) -> OnnxRuntimeBackend:
+        config = self._checkpoint.config
+        return OnnxRuntimeBackend(
+            make_session(str(path), None),
+            contract,
+            limits=self._limits,
+            variant=path.stem,
+            vocab_size=config.vocab_size,
+            router_mode=config.router_mode if config.is_moe else None,
+            **options,
+        )
+
+    def _windows(self, request: CpuRequest) -> Sequence[Sequence[int]] | None:
+        """The given text's tokens, in windows of a sampled sequence's length."""
+        if request.eval_text is None:
+            return None
+        if not self._checkpoint.tokenizer_files:
+            raise FileNotFoundError(
+                f"{self._checkpoint.folder} has no tokenizer, which --eval-text needs"
+            )
+        tokenizer = Tokenizer.open(self._checkpoint.folder)
+        text = request.eval_text.read_text(encoding="utf-8")
+        length = min(SAMPLED_LENGTH, self._limits.max_seq_len)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return split_windows(ids, length, tokenizer.bos_token_id)
