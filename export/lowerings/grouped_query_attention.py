@@ -34,14 +34,14 @@ class _Lengths:
         last_slot: int32 [B], the last slot that each row fills in this step.
         total: int64 [1], slots in use, or all of them where keys are selected.
         total_int32: the same.
-        new: int64 [1], S.
+        per_query: int64 [4], the shape that repeats a bias for each of the S queries.
         query_slot: int64 [B, 1, S, 1], for the selection.
     """
 
     last_slot: ir.Value
     total: ir.Value
     total_int32: ir.Value
-    new: ir.Value
+    per_query: ir.Value
     query_slot: ir.Value
 
 
@@ -98,7 +98,8 @@ def _lengths(editor: GraphEditor, node: ir.Node) -> _Lengths:
         last_slot=op("Cast", last, to=int32),
         total=total,
         total_int32=op("Cast", total, to=int32),
-        new=new,
+        # Expand takes its input's own sizes where the shape says 1.
+        per_query=op("Concat", editor.ints(1, 1), new, editor.ints(1), axis=0),
         query_slot=op("Unsqueeze", query_slot, editor.ints(1, 3)),
     )
 
@@ -182,9 +183,7 @@ def _bias(
         bias = op("Where", keep_largest(editor, bias, window), bias, hidden)
     else:
         bias = op("Slice", bias, editor.ints(0), lengths.total, editor.ints(3))
-        # Expand takes its own sizes where the shape says 1.
-        shape = op("Concat", editor.ints(1, 1), lengths.new, editor.ints(1), axis=0)
-        bias = op("Expand", bias, shape)
+        bias = op("Expand", bias, lengths.per_query)
     if heads not in (1, query_heads):
         rows = np.repeat(np.arange(heads), query_heads // heads)
         bias = op("Gather", bias, editor.initializer("score head of query head", rows), axis=1)

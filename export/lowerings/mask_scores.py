@@ -59,8 +59,11 @@ def _rewrite(
     z = editor.op("MatMul", values.inputs[0], stored("score_proj", weight))  # [B, S, heads]
     result = editor.op("Mul", stored("score_factor", power), editor.op("Softplus", z))
     result = editor.op("Exp", result)
-    result = editor.op("Transpose", result, perm=(0, 2, 1))
-    result = editor.op("Unsqueeze", result, editor.ints(3))
+    if heads == 1:  # [B, S, 1] is [B, 1, S, 1] but for an axis
+        result = editor.op("Unsqueeze", result, editor.ints(1))
+    else:
+        result = editor.op("Transpose", result, perm=(0, 2, 1))
+        result = editor.op("Unsqueeze", result, editor.ints(3))
     shape = score.shape
     editor.replace(score, result)
     if shape is None:
