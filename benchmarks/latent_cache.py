@@ -2,7 +2,8 @@
 
 The seed's keys are not rotated, and its values are its normed input times a constant, so one row of
 all H·D channels could stand for both. Each head would then attend over all channels. This times
-ONNX Runtime's Attention in both forms, interleaved, in float32 on one thread.
+ONNX Runtime's Attention in both forms, interleaved, in float32 on one thread, and says whether
+TensorRT-RTX has a fused kernel for each.
 
     python benchmarks/latent_cache.py
 """
@@ -17,37 +18,77 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from export.builder_callbacks import BuildLog, make_logger
+from export.engine import count_fused_attention
+from runtime.tensorrt_module import load_tensorrt
+
 HEAD_DIM = 128
 SHAPES = {"doge-22m": 2, "doge-76m": 4, "doge-197m": 6}  # heads
 CONTEXTS = (512, 2048, 4096)
 ROUNDS = 40
 
 
-def session(
-    heads: int, head_dim: int, cached_heads: int, slots: int, *, latent: bool
-) -> onnxruntime.InferenceSession:
-    """One Attention node for a step of one token; a latent cache serves as keys and values."""
+def one_node_model(
+    heads: int, head_dim: int, cached_heads: int, slots: int, *, latent: bool, dtype: int
+) -> bytes:
+    """Attention of a step of one token; a latent cache serves as keys and values."""
     shapes = {
         "query": [1, heads, 1, head_dim],
         "key": [1, cached_heads, slots, head_dim],
         "value": [1, cached_heads, slots, head_dim],
-        "bias": [1, 1, 1, slots],
+        "bias": [1, heads, 1, slots],
     }
     names = [name for name in shapes if not (latent and name == "value")]
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[n]) for n in names]
+    inputs = [helper.make_tensor_value_info(n, dtype, shapes[n]) for n in names]
     reads = ["query", "key", "key" if latent else "value", "bias"]
     node = helper.make_node("Attention", reads, ["attended"], scale=head_dim**-0.5)
-    output = helper.make_tensor_value_info("attended", TensorProto.FLOAT, None)
+    output = helper.make_tensor_value_info("attended", dtype, shapes["query"])
     model = helper.make_model(
         helper.make_graph([node], "attention", inputs, [output]),
         opset_imports=[helper.make_opsetid("", 24)],
         ir_version=11,
     )
+    serialized: bytes = model.SerializeToString()
+    return serialized
+
+
+def session(
+    heads: int, head_dim: int, cached_heads: int, slots: int, *, latent: bool
+) -> onnxruntime.InferenceSession:
+    """The node in ONNX Runtime, float32 on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    model = one_node_model(
+        heads, head_dim, cached_heads, slots, latent=latent, dtype=TensorProto.FLOAT
     )
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def fused_kernels(heads: int, head_dim: int, cached_heads: int, *, latent: bool) -> int | None:
+    """Fused attention kernels in TensorRT-RTX's plan of the node, float16 for sm_89."""
+    trt = load_tensorrt("tensorrt_rtx")
+    log = BuildLog()
+    logger = make_logger(trt, log)
+    builder = trt.Builder(logger)
+    network = builder.create_network()
+    parser = trt.OnnxParser(network, logger)
+    model = one_node_model(
+        heads, head_dim, cached_heads, 2048, latent=latent, dtype=TensorProto.FLOAT16
+    )
+    if not parser.parse(model):
+        raise RuntimeError(f"TensorRT-RTX does not parse the model: {'; '.join(log.errors)}")
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    if builder.build_serialized_network(network, config) is None:
+        raise RuntimeError(f"TensorRT-RTX builds no engine: {'; '.join(log.errors)}")
+    return count_fused_attention(log.verbose)
 
 
 def main() -> None:
@@ -55,6 +96,11 @@ def main() -> None:
     generator = np.random.default_rng(0)
     print(f"onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}, one thread")
     for name, heads in SHAPES.items():
+        fused = [
+            fused_kernels(heads, HEAD_DIM, heads, latent=False),
+            fused_kernels(heads, HEAD_DIM * heads, 1, latent=True),
+        ]
+        print(f"{name:10} fused kernels for sm_89: by head {fused[0]}, latent {fused[1]}")
         for slots in CONTEXTS:
             forms = {
                 "by head": session(heads, HEAD_DIM, heads, slots, latent=False),

@@ -10,6 +10,7 @@ from export.engine import DTYPES, EngineConfig
 from model.config import DogeConfig
 from model.contract import DTYPE_BYTES, step_contract
 from model.generations import Generation
+from runtime.roofline import weight_numbers_per_step
 
 # Memory bandwidth of an RTX 4090 by NVIDIA's data sheet: 384 bits at 21 Gbit/s.
 RTX_4090_BYTES_PER_SECOND = 1008e9
@@ -59,10 +60,7 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
         cache_dtype=DTYPES[engine.precision],
     )
     per_token = contract.bytes_per_token()
-    embedding = generation.published_name("model.embed_tokens.weight")
-    read = (
-        sum(_read_per_token(name, size, config, embedding) for name, size in sizes.items()) * item
-    )
+    read = weight_numbers_per_step(config, generation, 1) * item
     return Estimate(
         parameters=sum(sizes.values()),
         onnx_bytes=sum(sizes.values()) * DTYPE_BYTES["float32"],
@@ -72,15 +70,3 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
         read_bytes_per_token=read,
         floor_us=(read + per_token * engine.max_seq_len) / RTX_4090_BYTES_PER_SECOND * 1e6,
     )
-
-
-def _read_per_token(name: str, size: int, config: DogeConfig, embedding: str) -> int:
-    """Numbers of a tensor that one token's step reads."""
-    if name.endswith((".down_embed.weight", ".up_embed.weight")):
-        if config.is_seed:
-            picked = config.num_cdmmoe_heads * config.num_cdmmoe_experts_per_head
-            return size // config.num_cdmmoe_experts * picked
-        return size // config.num_experts * config.num_experts_per_tok
-    if name == embedding and not config.tie_word_embeddings:
-        return size // config.vocab_size
-    return size

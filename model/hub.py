@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
-# As in model/checkpoint.py, which needs torch; a test compares them.
 # What a tokenizer folder may hold; `tokenizer.json` makes it one.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_OFFLINE = "HF_HUB_OFFLINE is set"
 _ANSWER_SECONDS = 15.0  # for the first question to the hub; without an answer the cache is used
 _NAME = re.compile(r"\w([\w.-]*\w)?", re.ASCII)
 _REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
@@ -215,7 +215,7 @@ class _Download:
                 self._hub_id.repo_id, revision=self._hub_id.revision, timeout=_ANSWER_SECONDS
             )
         except OfflineModeIsEnabled as error:
-            raise _UnreachableError("HF_HUB_OFFLINE is set") from error
+            raise _UnreachableError(_OFFLINE) from error
         except httpx2.TransportError as error:
             raise _UnreachableError(str(error) or type(error).__name__) from error
         except HfHubHTTPError as error:
@@ -286,6 +286,9 @@ class _Download:
         from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
         unreachable = f"the hub cannot be reached ({reason}) and"
+        again = "run again with a network"
+        if reason == _OFFLINE:
+            again = "unset HF_HUB_OFFLINE and run again"
         try:
             folder = Path(
                 self._api.snapshot_download(
@@ -299,17 +302,16 @@ class _Download:
         except IncompleteSnapshotError as error:
             raise CheckpointDownloadError(
                 f"{unreachable} its cache holds only a part of {self._hub_id}: the download broke "
-                "off, run again with a network"
+                f"off, {again}"
             ) from error
         except LocalEntryNotFoundError as error:
             raise CheckpointDownloadError(
-                f"{unreachable} its cache does not hold {self._hub_id}; run again with a network, "
-                "or name a folder (there is none of that name)"
+                f"{unreachable} its cache does not hold {self._hub_id}; {again}, or name a folder "
+                "(there is none of that name)"
             ) from error
         if missing := self._missing_from(folder):
             raise CheckpointDownloadError(
-                f"{unreachable} its cache lacks {listed(missing)} of {self._hub_id}; run again "
-                "with a network"
+                f"{unreachable} its cache lacks {listed(missing)} of {self._hub_id}; {again}"
             )
         return folder
 

@@ -21,6 +21,7 @@ from runtime.benchmark_report import (
 from runtime.benchmarking import Contender, Measurement, measure_interleaved, open_backend_system
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
+from runtime.options import split_backend
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import SystemProcessError
 
@@ -122,10 +123,8 @@ def _chosen(bundle: Bundle, name: str | None) -> tuple[str | None, str | None]:
     """Backend and variant that a name means for a bundle; nothing is opened."""
     if name is None:
         return None, None
-    backend, _, variant = name.partition(":")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return backend, bundle.variant(backend, variant or None).name
+    backend, variant = split_backend(name)
+    return backend, bundle.variant(backend, variant).name
 
 
 def _floor_s(

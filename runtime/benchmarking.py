@@ -88,7 +88,7 @@ class Statistics:
 
 
 class BackendSystem:
-    """A backend of ours as a system: greedy generation through `prefill` and `decode`.
+    """A backend of ours as a system: greedy generation through `prefill` and `decode_many`.
 
     Attributes:
         backend: key in `BACKENDS`.

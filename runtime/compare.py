@@ -12,8 +12,13 @@ from runtime.backends import BACKENDS, open_backend
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
 from runtime.command import NEGATIVE, SUCCESS, CommandParser, print_json, run_command
-from runtime.comparison import TOLERANCES, ComparisonReport, compare_backends, random_prompts
-from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids
+from runtime.comparison import (
+    ComparisonReport,
+    compare_backends,
+    random_prompts,
+    variant_tolerance,
+)
+from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids, split_backend
 
 ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 # The default prompts: seeded random ids.
@@ -48,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
     one_kind(prompt=args.prompt, prompt_ids=args.prompt_ids, prompts=args.prompts)
     bundle = Bundle.open(args.bundle)
     other = bundle if args.bundle2 is None else Bundle.open(args.bundle2)
-    names = [_split(args.reference), _split(args.candidate)]
+    names = [split_backend(args.reference), split_backend(args.candidate)]
     variants = [b.variant(*name) for b, name in zip((bundle, other), names, strict=True)]
-    atol, rtol = max(TOLERANCES[variant.precision] for variant in variants)
+    atol, rtol = args.atol, args.rtol
+    if atol is None or rtol is None:
+        usual = max(map(variant_tolerance, variants))
+        atol, rtol = (b if a is None else a for a, b in zip((atol, rtol), usual, strict=True))
     prompts = list(_prompts(args, bundle))
     reference, candidate = (
         open_backend(variant.backend, b, variant=variant.name)
@@ -61,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         candidate,
         prompts,
         args.steps,
-        atol=atol if args.atol is None else args.atol,
-        rtol=rtol if args.rtol is None else args.rtol,
+        atol=atol,
+        rtol=rtol,
     )
     reference.close()
     candidate.close()
@@ -71,13 +79,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(report)
     return SUCCESS if report.verdict == "pass" else NEGATIVE
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    backend, _, variant = name.partition(":")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return backend, variant or None
 
 
 def _prompts(args: argparse.Namespace, bundle: Bundle) -> Iterator[list[int]]:

@@ -10,16 +10,36 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends.base import Backend, Logits
+from runtime.manifest import Variant
 from runtime.sampling import log_probabilities
 
 # What two implementations of the same model may differ by, per precision of the coarser one. fp32:
 # sums in another order through all layers, measured at 3e-5 at logits of size 30, with room for
 # deeper models. Half precisions: 2^-11 and 2^-8 relative roundings carried through the layers.
+# Weights or a cache of 8 and 4 bits are another model: measured on doge-tiny, logits of size 19,
+# 0.26 and 2.4, so these bounds find what is broken and no more; the build judges their quality.
 TOLERANCES: dict[str, tuple[float, float]] = {
     "fp32": (1e-3, 1e-4),
     "fp16": (5e-2, 1e-2),
     "bf16": (4e-1, 8e-2),
+    "int8": (5e-1, 5e-2),
+    "int4": (3e0, 3e-1),
 }
+
+
+def variant_tolerance(variant: Variant) -> tuple[float, float]:
+    """The coarser of what a variant's weights and its cache may differ by, (atol, rtol).
+
+    Raises:
+        ValueError: a precision that no tolerance is known for.
+    """
+    cache = "int8" if variant.details.get("cache_dtype") == "int8" else variant.precision
+    unknown = sorted({variant.precision, cache} - TOLERANCES.keys())
+    if unknown:
+        raise ValueError(
+            f"no tolerance is known for {', '.join(unknown)}; name one by --atol and --rtol"
+        )
+    return max(TOLERANCES[variant.precision], TOLERANCES[cache])
 
 
 @dataclass(frozen=True, kw_only=True)

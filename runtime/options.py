@@ -22,6 +22,18 @@ def add_bundle_flags(parser: CommandParser) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads of a step (the backend's choice)")
 
 
+def split_backend(name: str) -> tuple[str, str | None]:
+    """`BACKEND[:VARIANT]` as backend and variant, None where the backend's first is meant.
+
+    Raises:
+        ValueError: there is no such backend; lists those there are.
+    """
+    backend, _, variant = name.partition(":")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+    return backend, variant or None
+
+
 def parse_ids(text: str) -> list[int]:
     """Token ids separated by commas, for argparse."""
     try:

@@ -22,7 +22,6 @@ from statistics import median
 import numpy as np
 
 from model.config import DogeConfig
-from model.contract import DTYPE_BYTES, step_contract
 from model.generations.generation import Generation
 from runtime.bundle import Bundle
 from runtime.manifest import Variant
@@ -60,14 +59,16 @@ def step_bytes(bundle: Bundle, variant: Variant, batch_size: int, context: float
 
     Args:
         bundle: of the variant.
-        variant: its precision and, in its details, `cache_dtype` (float32 when missing) and
-            `read_bytes_per_token` decide.
+        variant: its precision, what it caches and, in its details, `read_bytes_per_token` decide.
         batch_size: B.
         context: tokens in each row's cache, the new one included; a mean may be broken. Beyond a
             keep window only so many count.
 
     Returns:
-        None where the width of the weights or of the cache is unknown.
+        None where the width of the weights is unknown.
+
+    Raises:
+        ValueError: as `Bundle.contract_of`.
     """
     config = bundle.config
     weights = variant.details.get("read_bytes_per_token")
@@ -76,23 +77,8 @@ def step_bytes(bundle: Bundle, variant: Variant, batch_size: int, context: float
         if bits is None:
             return None
         weights = weight_numbers_per_step(config, bundle.generation, batch_size) * bits / 8
-    cache_dtype = variant.details.get("cache_dtype", "float32")
-    try:
-        cache_item = {**DTYPE_BYTES, "int8": 1}[cache_dtype]
-    except KeyError:
-        return None
-    kept = min(context, config.keep_window_size or context)
-    return float(weights + batch_size * kept * _cache_bytes_per_token(bundle, cache_item))
-
-
-def _cache_bytes_per_token(bundle: Bundle, cache_item: int) -> int:
-    """Cache bytes of one token where a key's or value's number takes `cache_item` bytes."""
-    contract = step_contract(bundle.config, bundle.generation, max_seq_len=1)
-    return sum(
-        prod(size for size in spec.shape if isinstance(size, int))
-        * (DTYPE_BYTES[spec.dtype] if spec.name.endswith(".score") else cache_item)
-        for spec in contract.past
-    )
+    kept = min(context, config.keep_window_size)
+    return float(weights + batch_size * kept * bundle.contract_of(variant).bytes_per_token())
 
 
 class BandwidthMeter:

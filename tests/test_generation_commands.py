@@ -12,7 +12,7 @@ import pytest
 
 from export import build_engine
 from export.quality import BOUNDS
-from runtime import generate, score
+from runtime import compare, generate, score
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
 from tests.golden_cases import GOLDEN_CASES
@@ -139,6 +139,10 @@ def test_narrow_models_are_added_and_one_that_loses_too_much_is_refused(
     assert status == SUCCESS
     assert any("loses more than its bound" in warning for warning in report["warnings"])
     for variant in ("int4", "canonical"):
+        arguments = (bundle, "--candidate", f"onnxruntime:{variant}", "--steps", 4, "--atol", 99)
+        status, compared = run(capsys, compare.main, *arguments)
+        assert status == SUCCESS
+        assert compared["candidate"] == f"onnxruntime:{variant}"
         arguments = (bundle, "--prompt-ids", PROMPT, "--max-tokens", 5, "--variant", variant)
         status, generated = run(capsys, generate.main, *arguments, "--backend", "onnxruntime")
         assert status == SUCCESS

@@ -118,6 +118,7 @@ class OnnxRuntimeBackend(Backend):
     ) -> None:
         self._choice = token_choice
         self.host_choices = 0
+        self._told: set[str] = set()
         self.rows_alone = rows_alone
         self.chunk_length = chunk_length
         self.variant = variant
@@ -148,7 +149,7 @@ class OnnxRuntimeBackend(Backend):
             chunk_length=variant.details.get("chunk_length"),
             token_choice=None
             if choice is None
-            else TokenChoice(make_session(str(bundle.path / choice["path"]), 1), choice["width"]),
+            else TokenChoice(make_session(str(bundle.file(choice["path"])), 1), choice["width"]),
         )
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> OnnxRuntimeCache:
@@ -225,7 +226,9 @@ class OnnxRuntimeBackend(Backend):
         reason = self._why_host_chooses(choice)
         if reason is None:
             return self._choose_in_graph(input_ids, cache, choice, active)
-        logger.info("tokens are chosen by the host: %s", reason)
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.info("tokens are chosen by the host: %s", reason)
         return super().decode_many(input_ids, cache, choice, active)
 
     def _why_host_chooses(self, choice: TokenChooser) -> str | None:

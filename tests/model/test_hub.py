@@ -17,10 +17,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-import model.checkpoint
 from export import build_engine
 from export.sources import BUNDLED_CHECKPOINT
-from model import hub
 from model.config import UnsupportedModelError
 from model.hub import (
     CheckpointDownloadError,
@@ -119,11 +117,6 @@ def test_id_and_revision_are_told_apart(text: str, repo_id: str, revision: str |
 def test_malformed_id_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"hub id|revision"):
         HubId.parse(text)
-
-
-def test_file_names_are_those_that_the_loader_reads() -> None:
-    assert hub.WEIGHTS_NAME == model.checkpoint.WEIGHTS_NAME
-    assert hub.INDEX_NAME == model.checkpoint.INDEX_NAME
 
 
 # --- what is downloaded --------------------------------------------------------------------------

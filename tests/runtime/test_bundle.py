@@ -313,6 +313,28 @@ def test_fields_of_the_seed_generation_are_there_for_it_alone():
     assert config_from_dict(json.loads(json.dumps(seed.as_dict()))) == seed
 
 
+@pytest.mark.parametrize(
+    "details",
+    [{"cache_dtype": "int3"}, {"score_dtype": 4}, {"score_heads": "2"}],
+    ids=str,
+)
+def test_a_variant_that_caches_what_no_build_writes_is_an_error(folder, details):
+    bundle = Bundle.open(folder)
+    changed = dataclasses.replace(bundle.variant("onnxruntime"), details=details)
+    with pytest.raises(ValueError, match="no build writes that"):
+        bundle.contract_of(changed)
+
+
+def test_a_variants_contract_has_its_cache_types_and_scores(folder):
+    bundle = Bundle.open(folder)
+    details = {"cache_dtype": "int8", "score_heads": 2}
+    changed = dataclasses.replace(bundle.variant("onnxruntime"), details=details)
+    specs = {spec.name: spec for spec in bundle.contract_of(changed).past}
+    assert specs["past_key_values.0.key"].dtype == "int8"
+    assert specs["past_key_values.0.score"].shape[1] == 2
+    assert bundle.contract_of(bundle.variant("onnxruntime")) == bundle.contract
+
+
 def test_the_hash_of_a_file_longer_than_one_read_is_that_of_its_bytes(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(content)

@@ -18,6 +18,7 @@ from runtime.comparison import (
     Divergence,
     compare_backends,
     random_prompts,
+    variant_tolerance,
 )
 from runtime.manifest import Variant
 
@@ -284,3 +285,30 @@ def test_report_with_infinite_logits_is_valid_json() -> None:
     report = compare({(1, 1): one(5, math.inf)}, atol=1e9)
     assert report.as_dict()["logits"]["max_abs"] is None
     json.dumps(report.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "cache_dtype", "expected"),
+    [
+        ("fp32", "float32", "fp32"),
+        ("fp32", "int8", "int8"),
+        ("fp16", "float16", "fp16"),
+        ("int8", "float32", "int8"),
+        ("int4", "int8", "int4"),
+    ],
+)
+def test_tolerance_is_that_of_the_coarser_of_weights_and_cache(precision, cache_dtype, expected):
+    variant = Variant(
+        backend="onnxruntime",
+        name="x",
+        path="cpu/x.onnx",
+        precision=precision,
+        details={"cache_dtype": cache_dtype},
+    )
+    assert variant_tolerance(variant) == TOLERANCES[expected]
+
+
+def test_precision_without_a_tolerance_is_an_error_that_says_what_to_give():
+    variant = Variant(backend="cuda", name="x", path="x", precision="fp6")
+    with pytest.raises(ValueError, match="no tolerance is known for fp6; name one by --atol"):
+        variant_tolerance(variant)

@@ -63,7 +63,8 @@ def test_details_of_the_variant_win(bundle):
 
 def test_unknown_width_gives_no_number(bundle):
     assert step_bytes(bundle, variant("int3"), 1, 8) is None
-    assert step_bytes(bundle, variant(cache_dtype="int3"), 1, 8) is None
+    with pytest.raises(ValueError, match="no build writes that"):
+        step_bytes(bundle, variant(cache_dtype="int3"), 1, 8)
 
 
 def test_seed_without_scores_has_a_cache_of_keys_and_values():
