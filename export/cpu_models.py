@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from export.cache_scales import calibrate_cache
 from export.checks import check_numbers
 from export.graph import MODEL_NAME
@@ -27,6 +29,7 @@ from export.token_choice import WIDTH, export_token_choice
 from model.contract import StepContract, step_contract
 from model.doge import DogeForCausalLM
 from runtime.backends.base import Limits
+from runtime.backends.narrow_cache import save_scales
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.manifest import Variant
 from runtime.scoring import split_windows
@@ -37,6 +40,9 @@ logger = logging.getLogger(__name__)
 KVCacheDtype = Literal["auto", "int8"]
 KV_CACHE_DTYPES: tuple[KVCacheDtype, ...] = get_args(KVCacheDtype)
 TOKEN_CHOICE = "cpu/token_choice.onnx"
+# Shorter prompts go through the cache of 8 bits: what the second model saves there does not pay for
+# opening it.
+PROMPT_MODEL_FROM = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,16 @@ class CpuRequest:
     def path(self) -> str:
         """Where the model stands in the bundle."""
         return f"cpu/{self.name}.onnx"
+
+    @property
+    def prompt_path(self) -> str:
+        """Where the model of long prompts stands, beside a cache of 8 bits."""
+        return f"cpu/{self.name}.prompt.onnx"
+
+    @property
+    def scales_path(self) -> str:
+        """Where the scales of a cache of 8 bits stand."""
+        return f"cpu/{self.name}.scales.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +155,13 @@ class CpuModelBuilder:
         path = self._folder / request.path
         path.parent.mkdir(exist_ok=True)
         scales = self._cache_scales(request) if request.kv_cache_dtype == "int8" else None
+        details: dict[str, Any] = {}
+        files = [request.path, f"{request.path}.data"]
         with self._progress.stage(f"lower to {request.name} for the CPU"):
-            lowered = lower_for_cpu(
-                self._folder / MODEL_NAME,
-                path,
-                self._checkpoint.config,
-                slots=self._limits.max_seq_len,
-                precision=request.precision,
-                cache_scales=scales,
-            )
+            lowered = self._lower(request, path, cache_scales=scales)
+            if scales is not None:
+                details["prompt_model"] = self._add_prompt_model(request, scales)
+                files += [request.prompt_path, request.scales_path]
         checks: dict[str, dict[str, Any]] = {}
         quality = None
         if request.name == "fp32":
@@ -172,13 +186,40 @@ class CpuModelBuilder:
                 precision=request.precision,
                 details={
                     **lowered.as_details(),
+                    **details,
                     "token_choice": {"path": TOKEN_CHOICE, "width": WIDTH},
                 },
             ),
-            files=(request.path, f"{request.path}.data", *self._token_choice()),
+            files=(*files, *self._token_choice()),
             checks=checks,
             quality=quality,
         )
+
+    def _lower(self, request: CpuRequest, path: Path, **options: Any) -> CpuModel:
+        return lower_for_cpu(
+            self._folder / MODEL_NAME,
+            path,
+            self._checkpoint.config,
+            slots=self._limits.max_seq_len,
+            precision=request.precision,
+            **options,
+        )
+
+    def _add_prompt_model(
+        self, request: CpuRequest, scales: Sequence[CacheScales]
+    ) -> dict[str, Any]:
+        """Write what fills a cache of 8 bits from a float32 one; returns the variant's detail."""
+        weights = self._folder / request.path
+        self._lower(request, self._folder / request.prompt_path, weights_of=weights)
+        save_scales(
+            self._folder / request.scales_path,
+            np.stack([np.stack([layer.key, layer.value]) for layer in scales]),
+        )
+        return {
+            "path": request.prompt_path,
+            "scales": request.scales_path,
+            "from_tokens": PROMPT_MODEL_FROM,
+        }
 
     def _token_choice(self) -> tuple[str, ...]:
         """Write the model that chooses tokens, which all CPU models share, if it is not there."""

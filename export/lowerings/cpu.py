@@ -75,6 +75,7 @@ def lower_for_cpu(
     slots: int,
     precision: CpuPrecision = "fp32",
     cache_scales: Sequence[CacheScales] | None = None,
+    weights_of: Path | None = None,
 ) -> CpuModel:
     """Write the lowered model `path` and, beside it, its weights as external data.
 
@@ -86,6 +87,8 @@ def lower_for_cpu(
         precision: of the weights; activations are float32, or int8 within products with narrow
             weights.
         cache_scales: one per layer caches keys and values as int8; None as float32.
+        weights_of: a lowered model in the same folder and precision, whose weights this one reads
+            instead of writing its own.
 
     Raises:
         ValueError: a graph that is not canonical, or sizes that narrow weights cannot have.
@@ -107,12 +110,31 @@ def lower_for_cpu(
     used = {node.op_identifier() for node in model.graph}
     for name in [name for name in model.functions if name not in used]:
         del model.functions[name]
-    ir.save(model, path, external_data=f"{path.name}.data")
+    if weights_of is None:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        _share_weights(model.graph, ir.load(weights_of).graph)
+        ir.save(model, path)
     return CpuModel(
         score_heads=heads or None,
         read_bytes_per_token=_read_bytes_per_token(model.graph, config),
         cache_dtype="float32" if cache_scales is None else "int8",
     )
+
+
+def _share_weights(graph: ir.Graph, other: ir.Graph) -> None:
+    """Let the tensors of `graph` be those that `other` has under their names."""
+    for name, value in graph.initializers.items():
+        stored = other.initializers[name].const_value if name in other.initializers else None
+        if stored is None or value.const_value is None:
+            continue
+        if (stored.dtype, stored.shape) != (value.const_value.dtype, value.const_value.shape):
+            raise ValueError(
+                f"{name} is {value.const_value.dtype} {value.const_value.shape} here and "
+                f"{stored.dtype} {stored.shape} there; expected models of one checkpoint and "
+                "precision"
+            )
+        value.const_value = stored
 
 
 def _read_bytes_per_token(graph: ir.Graph, config: DogeConfig) -> int:

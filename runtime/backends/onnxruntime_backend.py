@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +26,7 @@ from runtime.backends.base import (
     Limits,
     Logits,
 )
+from runtime.backends.narrow_cache import PromptModel, fill_narrow, load_scales, widen
 from runtime.sampling import SamplingParams
 from runtime.sampling_tail import TailInputs, tail_covers
 
@@ -115,8 +117,11 @@ class OnnxRuntimeBackend(Backend):
         rows_alone: bool = False,
         chunk_length: int | None = None,
         token_choice: TokenChoice | None = None,
+        prompt_model: PromptModel | None = None,
     ) -> None:
         self._choice = token_choice
+        self._prompt_model = prompt_model
+        self._prompt_backend: OnnxRuntimeBackend | None = None
         self.host_choices = 0
         self._told: set[str] = set()
         self.rows_alone = rows_alone
@@ -150,6 +155,24 @@ class OnnxRuntimeBackend(Backend):
             token_choice=None
             if choice is None
             else TokenChoice(make_session(str(bundle.file(choice["path"])), 1), choice["width"]),
+            prompt_model=cls._prompt_model_of(bundle, variant, threads),
+        )
+
+    @classmethod
+    def _prompt_model_of(
+        cls, bundle: Bundle, variant: Variant, threads: int | None
+    ) -> PromptModel | None:
+        details = dict(variant.details)
+        prompt = details.pop("prompt_model", None)
+        if prompt is None:
+            return None
+        details.pop("token_choice", None)
+        alone = replace(variant, path=prompt["path"], details={**details, "cache_dtype": "float32"})
+        bundle.file(alone.path)
+        return PromptModel(
+            open=partial(cls.open, bundle, alone, threads),
+            scales=load_scales(bundle.file(prompt["scales"])),
+            from_tokens=prompt["from_tokens"],
         )
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> OnnxRuntimeCache:
@@ -177,8 +200,40 @@ class OnnxRuntimeBackend(Backend):
         return {n: buffer.numpy() for n, buffer in zip(names, cache.buffers, strict=True)}
 
     def close(self) -> None:
-        """Drop the session."""
+        """Drop the sessions."""
         self._session = None
+        self._prompt_backend = None
+
+    def _append_rows(
+        self,
+        tokens: Ids,
+        lengths: Ids,
+        logits_index: Ids,
+        wanted: npt.NDArray[np.bool_],
+        cache: Cache,
+        row: int | None,
+        result: Logits,
+    ) -> None:
+        """As in the base class, but a long prompt is computed in float32 and rounded once."""
+        prompts, longest = self._prompt_model, int(lengths.max())
+        in_place = self._device == "cpu" and self._session is not None
+        if prompts is None or longest < prompts.from_tokens or not in_place:
+            super()._append_rows(tokens, lengths, logits_index, wanted, cache, row, result)
+            return
+        if not isinstance(cache, OnnxRuntimeCache):
+            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
+        if self._prompt_backend is None:
+            self._prompt_backend = prompts.open()
+        backend, number = self._prompt_backend, row or 0
+        floats = backend.new_cache(1)
+        start = int(cache.lengths[number])
+        narrow_cached, float_cached = self.cached(cache), backend.cached(floats)
+        widen(narrow_cached, float_cached, number, slice(0, start), prompts.scales)
+        floats.lengths[:] = start
+        backend._append_rows(tokens, lengths, logits_index, wanted, floats, None, result)
+        filled = slice(start, start + longest)
+        fill_narrow(float_cached, narrow_cached, number, filled, prompts.scales)
+        cache.lengths[number] = start + longest
 
     def _step(
         self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None

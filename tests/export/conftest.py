@@ -13,6 +13,7 @@ from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Backend, Limits
+from runtime.backends.narrow_cache import PromptModel
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
 
@@ -53,7 +54,7 @@ class Exported:
         )
 
     def backend_on(
-        self, path: Path, contract: StepContract, **options: bool | int
+        self, path: Path, contract: StepContract, **options: bool | int | PromptModel
     ) -> OnnxRuntimeBackend:
         """ONNX Runtime on a model of this case."""
         config = self.network.config
