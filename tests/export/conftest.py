@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from export.graph import export_onnx
 from model.checkpoint import load_checkpoint
@@ -28,18 +31,23 @@ SLOTS = {"g1": 64}  # as wide as its stored mask
 class Exported:
     """A golden case with its network, its exported model, and both backends on it."""
 
-    def __init__(self, folder: Path, work: Path) -> None:
+    def __init__(self, folder: Path, work: Path, slots: int | None = None) -> None:
+        self.folder = folder
         self.case = folder.name
         self.atol = ATOL.get(folder.name, 1e-4)
-        self.slots = SLOTS.get(folder.name, 96)
+        self.slots = slots or SLOTS.get(folder.name, 96)
         self.limits = Limits(max_batch_size=3, max_input_len=self.slots, max_seq_len=self.slots)
-        self.golden = np.load(folder / "golden.npz")
         self.network = load_checkpoint(folder)
         self.rewritten, _ = rewrite_for_export(self.network, self.slots)
         self.contract = self.contract_with()
         self.path = export_onnx(self.rewritten, work / "model.onnx", max_seq_len=self.slots)
         self.torch: Backend = TorchBackend(self.network, limits=self.limits, variant="fp32")
         self.onnxruntime: Backend = self.backend_on(self.path, self.contract)
+
+    @cached_property
+    def golden(self) -> Mapping[str, NDArray[Any]]:
+        """The published code's inputs and results."""
+        return dict(np.load(self.folder / "golden.npz"))
 
     def contract_with(
         self, cache_dtype: str = "float32", score_heads: int | None = None

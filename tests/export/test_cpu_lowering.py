@@ -18,6 +18,7 @@ from runtime.sampling import SamplingParams
 from runtime.session import GenerationSession
 from tests.export.conftest import Exported
 from tests.golden_cases import GOLDEN_CASES
+from tests.tiny_doge import MOE, write_checkpoint
 
 FAST_CASES = ("g1", "g3", "g4_moe", "g4_window")
 CASES = [
@@ -100,19 +101,46 @@ def test_rewound_cache_goes_on_as_if_nothing_had_followed(lowered: Lowered) -> N
     np.testing.assert_array_equal(np.stack(actual), np.stack(expected))
 
 
+def assert_same_greedy_ids(lowered: Lowered, prompt: list[int], length: int) -> None:
+    params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+    ids = [
+        [event.token_id for event in GenerationSession(backend).generate([prompt], params)]
+        for backend in (lowered.exported.onnxruntime, lowered.backend)
+    ]
+    assert len(ids[0]) == length
+    assert ids[0] == ids[1]
+
+
 def test_greedy_ids_are_those_of_the_canonical_model(lowered: Lowered) -> None:
     """Within the keep window: beyond it a near tie may keep another key (docs/reference.md)."""
     exported = lowered.exported
     prompt = [int(i) for i in exported.golden["input_ids"][0][:3]]
     window = exported.network.config.keep_window_size
-    length = min(window, exported.slots) - len(prompt)
-    params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
-    ids = [
-        [event.token_id for event in GenerationSession(backend).generate([prompt], params)]
-        for backend in (exported.onnxruntime, lowered.backend)
-    ]
-    assert len(ids[0]) == length
-    assert ids[0] == ids[1]
+    assert_same_greedy_ids(lowered, prompt, min(window, exported.slots) - len(prompt))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("generation", "overrides"),
+    [
+        ("g1", {"max_position_embeddings": 272}),
+        ("g2_first", {}),
+        ("g2", {}),
+        ("g3", {}),
+        ("g3", MOE),
+        ("g4h", {}),
+        ("g4h", MOE),
+        ("g4", {}),
+        ("g4", MOE),
+    ],
+)
+def test_256_greedy_ids_are_those_of_the_canonical_model(
+    generation: str, overrides: dict[str, object], tmp_path: Path
+) -> None:
+    settings = {"max_position_embeddings": 272, **overrides}
+    folder = write_checkpoint(tmp_path / "checkpoint", generation=generation, **settings)
+    lowered = Lowered(Exported(folder, tmp_path, slots=272), tmp_path)
+    assert_same_greedy_ids(lowered, [5, 17, 60], 256)
 
 
 def test_graph_holds_the_fused_operators_and_no_custom_one_that_has_a_lowering(
