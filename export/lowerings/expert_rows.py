@@ -18,10 +18,17 @@ from plugins.registry import EXPERT_GATHER
 def gather_expert_rows(editor: GraphEditor) -> None:
     """Replace every ExpertGather by standard and contrib nodes."""
     for node in [n for n in doge_nodes(editor.model) if n.op_type == EXPERT_GATHER.name]:
-        editor.replace(node.outputs[0], _lowered(editor, node))
+        rows = _lowered(editor, node)  # [T, 1, H]
+        readers = list(node.outputs[0].uses())
+        if readers and all(user.op_type == "Reshape" and place == 0 for user, place in readers):
+            for user, _ in readers:
+                user.replace_input_with(0, rows)
+        else:
+            editor.replace(node.outputs[0], editor.op("Squeeze", rows, editor.ints(1)))
 
 
 def _lowered(editor: GraphEditor, node: ir.Node) -> ir.Value:
+    """The experts' sum as [T, 1, H]."""
     op = editor.op
     hidden, scores_x, scores_y, down, up = node.inputs
     top_k = node.attributes["top_k"].as_int()
@@ -48,7 +55,12 @@ def _lowered(editor: GraphEditor, node: ir.Node) -> ir.Value:
     else:
         experts, rows_of = op("Squeeze", experts, editor.ints(1)), weights  # [T, K], [T, 1, K]
     down_rows, up_rows = op("Gather", down, experts), op("Gather", up, experts)  # [T, P·K, H]
-    tokens = op("Unsqueeze", hidden, editor.ints(1))  # [T, 1, H]
+    flattened = hidden.producer() if hidden is not None else None
+    if flattened is not None and flattened.op_type == "Reshape":
+        width = editor.array(up).shape[1]
+        tokens = op("Reshape", flattened.inputs[0], editor.ints(-1, 1, width))  # [T, 1, H]
+    else:
+        tokens = op("Unsqueeze", hidden, editor.ints(1))  # [T, 1, H]
     product = editor.contrib("FusedMatMul", tokens, down_rows, transB=1)  # [T, 1, P·K]
     inside = node.attributes["weight_inside"].as_int()
     if inside:
@@ -56,7 +68,7 @@ def _lowered(editor: GraphEditor, node: ir.Node) -> ir.Value:
     activation = editor.contrib("QuickGelu", product, alpha=1.0)
     if not inside:
         activation = op("Mul", activation, rows_of)
-    return op("Squeeze", op("MatMul", activation, up_rows), editor.ints(1))
+    return op("MatMul", activation, up_rows)
 
 
 def _candidates(per_axis: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
