@@ -30,6 +30,7 @@ from runtime.benchmark_report import (
 from runtime.benchmarking import Contender, measure_interleaved, open_backend_system
 from runtime.bundle import Bundle, Variant
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
+from runtime.cpu_threads import CpuThreads
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import Opener, SystemProcessError
 
@@ -151,7 +152,7 @@ def _peers(
             variant=variant,
             open_system=partial(
                 open_backend_system, args.bundle, "onnxruntime", variant.name,
-                threads=args.threads, batch_size=1, capacity=capacity,
+                threads=CpuThreads(args.threads), batch_size=1, capacity=capacity,
             ),
         )  # fmt: skip
     for name, file in llamas.items():

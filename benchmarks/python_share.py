@@ -18,6 +18,7 @@ from typing import Any
 
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.sampling import SamplingParams
 from runtime.session import GenerationSession
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="with a model for the CPU")
     bundle = Bundle.open(parser.parse_args().bundle)
-    backend = OnnxRuntimeBackend.open(bundle, bundle.variant("onnxruntime"), threads=1)
+    backend = OnnxRuntimeBackend.open(bundle, bundle.variant("onnxruntime"), threads=CpuThreads(1))
     choice = backend._choice
     if choice is None:
         parser.error("the bundle's first model for ONNX Runtime has no graph that chooses tokens")

@@ -86,7 +86,7 @@ def check_numbers(
     router_mode = config.router_mode if config.is_moe else None
     reference: Backend = TorchBackend(network, limits=limits, variant="fp32")
     candidate: Backend = OnnxRuntimeBackend(
-        make_session(str(path), None),
+        make_session(str(path)),
         contract,
         limits=limits,
         variant="fp32",

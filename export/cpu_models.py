@@ -283,7 +283,7 @@ class CpuModelBuilder:
     def _backend(self, path: Path, contract: StepContract, **options: Any) -> OnnxRuntimeBackend:
         config = self._checkpoint.config
         return OnnxRuntimeBackend(
-            make_session(str(path), None),
+            make_session(str(path)),
             contract,
             limits=self._limits,
             variant=path.stem,

@@ -21,7 +21,7 @@ from runtime.benchmark_report import (
 from runtime.benchmarking import Contender, Measurement, measure_interleaved, open_backend_system
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
-from runtime.options import split_backend
+from runtime.options import add_thread_flags, split_backend, threads_of
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import SystemProcessError
 
@@ -55,7 +55,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--batch-size", type=int, default=1, help="sequences side by side")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them that do not")
-    parser.add_argument("--threads", type=int, help="CPU threads of a step (the backend's choice)")
+    add_thread_flags(parser)
     return parser
 
 
@@ -108,7 +108,7 @@ def _tasks(args: argparse.Namespace) -> Iterator[_Task]:
                     contender=Contender(
                         label=label,
                         open_system=partial(
-                            open_backend_system, path, backend, variant, threads=args.threads,
+                            open_backend_system, path, backend, variant, threads=threads_of(args),
                             batch_size=args.batch_size, capacity=input_len + args.output_len,
                         ),
                         vocab_size=bundle.config.vocab_size,
@@ -141,7 +141,8 @@ def _floor_s(
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    least = {"output_len": 1, "batch_size": 1, "repeats": 1, "warmup": 0, "threads": 1}
+    threads_of(args)
+    least = {"output_len": 1, "batch_size": 1, "repeats": 1, "warmup": 0}
     for name, lowest in least.items():
         value = getattr(args, name)
         if value is not None and value < lowest:

@@ -21,6 +21,7 @@ import numpy as np
 from runtime.backends import open_backend
 from runtime.backends.base import Backend, Cache, Ids
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.sampling import SamplingParams, make_sampler
 from runtime.system_process import Opened, Opener, SystemProcess, Timing
 from runtime.token_chooser import TokenChooser
@@ -117,7 +118,7 @@ def open_backend_system(
     backend: str | None,
     variant: str | None,
     *,
-    threads: int | None,
+    threads: CpuThreads,
     batch_size: int,
     capacity: int,
 ) -> BackendSystem:

@@ -30,6 +30,7 @@ from runtime.options import (
     one_kind,
     open_tokenizer,
     parse_ids,
+    threads_of,
 )
 from runtime.sampling import SamplingParams
 from runtime.session import CONTEXT_POLICIES, GenerationEvent, GenerationSession, TokenLogprobs
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(bundle)
     params = _sampling_params(args, bundle)
     prompts = [] if args.chat else list(_prompts(args, tokenizer))
-    backend = open_backend(args.backend, bundle, variant=args.variant, threads=args.threads)
+    backend = open_backend(args.backend, bundle, variant=args.variant, threads=threads_of(args))
     session = GenerationSession(
         backend,
         tokenizer,

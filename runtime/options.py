@@ -9,17 +9,41 @@ from pathlib import Path
 from runtime.backends import BACKENDS
 from runtime.bundle import Bundle
 from runtime.command import CommandParser, UsageError
+from runtime.cpu_threads import CpuThreads
 from runtime.tokenizer import Tokenizer
 
 
 def add_bundle_flags(parser: CommandParser) -> None:
-    """BUNDLE, `--backend`, `--variant`, `--threads`."""
+    """BUNDLE, `--backend`, `--variant`, `--threads`, `--spinning`."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     parser.add_argument(
         "--backend", choices=list(BACKENDS), help="what runs the model (the first that can)"
     )
     parser.add_argument("--variant", help="which of the backend's models (its first)")
-    parser.add_argument("--threads", type=int, help="CPU threads of a step (the backend's choice)")
+    add_thread_flags(parser)
+
+
+def add_thread_flags(parser: CommandParser) -> None:
+    """`--threads` and `--spinning`, which `threads_of` reads."""
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="CPU threads of a step (physical cores, at most 8, for onnxruntime; torch's choice)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spinning", action=argparse.BooleanOptionalAction, default=True,
+        help="threads of onnxruntime wait by spinning: faster on a machine that does nothing else",
+    )  # fmt: skip
+
+
+def threads_of(args: argparse.Namespace) -> CpuThreads:
+    """What `add_thread_flags` asked for.
+
+    Raises:
+        UsageError: fewer threads than one.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, got {args.threads}")
+    return CpuThreads(args.threads, args.spinning)
 
 
 def split_backend(name: str) -> tuple[str, str | None]:

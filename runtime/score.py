@@ -14,7 +14,7 @@ from runtime.backends import open_backend
 from runtime.backends.base import Backend, BackendUnavailableError, Ids
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
-from runtime.options import add_bundle_flags, need_tokenizer, open_tokenizer
+from runtime.options import add_bundle_flags, need_tokenizer, open_tokenizer, threads_of
 from runtime.scoring import SCORE_MODES, Score, score_logits, score_windows, split_windows
 
 ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     windows = _text_windows(args, bundle) if args.ids is None else None
     ids = None if args.ids is None else _read_ids(args.ids)
-    backend = open_backend(args.backend, bundle, variant=args.variant, threads=args.threads)
+    backend = open_backend(args.backend, bundle, variant=args.variant, threads=threads_of(args))
     try:
         if windows is not None:
             score = score_windows(backend, windows, args.mode)

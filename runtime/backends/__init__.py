@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime.backends.base import Backend, BackendUnavailableError
+from runtime.cpu_threads import THE_BACKENDS_CHOICE, CpuThreads
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -24,7 +25,11 @@ BACKENDS: dict[str, str] = {
 
 
 def open_backend(
-    name: str | None, bundle: Bundle, *, variant: str | None = None, threads: int | None = None
+    name: str | None,
+    bundle: Bundle,
+    *,
+    variant: str | None = None,
+    threads: CpuThreads = THE_BACKENDS_CHOICE,
 ) -> Backend:
     """Open a backend on a bundle.
 
@@ -33,14 +38,13 @@ def open_backend(
             run here, and says which and why in one line of the log.
         bundle: what to run.
         variant: which of the bundle's models for that backend; None takes its first.
-        threads: CPU threads of one step; None leaves it to the backend.
+        threads: CPU threads of one step.
 
     Raises:
-        ValueError: an unknown backend or variant, or threads below 1.
+        ValueError: an unknown backend or variant.
         BackendUnavailableError: the backend cannot run here; says what to install or change.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    threads.warn_if_more_than_cores()
     if name is not None:
         return _backend_class(name).open(bundle, bundle.variant(name, variant), threads)
     reasons = []

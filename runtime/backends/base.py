@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
+    from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
     from runtime.token_chooser import TokenChooser
 
@@ -89,7 +90,7 @@ class Backend(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         """Open the backend on one variant of a bundle.
 
         Raises:

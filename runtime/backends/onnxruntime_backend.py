@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -27,6 +27,8 @@ from runtime.backends.base import (
     Logits,
 )
 from runtime.backends.narrow_cache import PromptModel, fill_narrow, load_scales, widen
+from runtime.cpu_features import warn_of_missing_instructions
+from runtime.cpu_threads import THE_BACKENDS_CHOICE, CpuThreads, default_threads
 from runtime.sampling import SamplingParams
 from runtime.sampling_tail import TailInputs, tail_covers
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from runtime.token_chooser import TokenChooser
 
 logger = logging.getLogger(__name__)
+
+# Of weights; their products take activations of 8 bits.
+NARROW_PRECISIONS = ("int8", "int4")
 
 
 @dataclass(kw_only=True)
@@ -135,13 +140,15 @@ class OnnxRuntimeBackend(Backend):
         self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         """Load the variant's model, and the one that chooses tokens, into sessions.
 
         Raises:
             BackendUnavailableError: onnxruntime is not installed, or refuses a model.
         """
         config = bundle.config
+        if variant.precision in NARROW_PRECISIONS:
+            warn_of_missing_instructions()
         choice = variant.details.get("token_choice")
         return cls(
             make_session(str(bundle.path / variant.path), threads),
@@ -154,13 +161,15 @@ class OnnxRuntimeBackend(Backend):
             chunk_length=variant.details.get("chunk_length"),
             token_choice=None
             if choice is None
-            else TokenChoice(make_session(str(bundle.file(choice["path"])), 1), choice["width"]),
+            else TokenChoice(
+                make_session(str(bundle.file(choice["path"])), CpuThreads(1)), choice["width"]
+            ),
             prompt_model=cls._prompt_model_of(bundle, variant, threads),
         )
 
     @classmethod
     def _prompt_model_of(
-        cls, bundle: Bundle, variant: Variant, threads: int | None
+        cls, bundle: Bundle, variant: Variant, threads: CpuThreads
     ) -> PromptModel | None:
         details = dict(variant.details)
         prompt = details.pop("prompt_model", None)
@@ -398,7 +407,12 @@ class OnnxRuntimeBackend(Backend):
             yield past, present, buffer.data_ptr() + (row or 0) * row_bytes
 
 
-def make_session(path: str, threads: int | None) -> Any:
+def _open_choice(bundle: Bundle, choice: Mapping[str, Any]) -> TokenChoice:
+    session = make_session(str(bundle.file(choice["path"])), CpuThreads(1))
+    return TokenChoice(session, choice["width"])
+
+
+def make_session(path: str, threads: CpuThreads = THE_BACKENDS_CHOICE) -> Any:
     """An inference session on the model at `path`.
 
     Raises:
@@ -413,8 +427,8 @@ def make_session(path: str, threads: int | None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns of every node that it moves
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads.count or default_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spinning)))
     available = onnxruntime.get_available_providers()
     providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:

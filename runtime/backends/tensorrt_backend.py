@@ -18,6 +18,7 @@ from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
+    from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
 
 
@@ -64,7 +65,7 @@ class _EngineBackend(Backend):
         self._logits_size = 0
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         """Check the engine file's hash, then load it on the GPU.
 
         Raises:

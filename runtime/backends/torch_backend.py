@@ -17,6 +17,7 @@ from model.doge import DogeForCausalLM
 from model.step_ops import LayerCache
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
 
 
@@ -40,13 +41,13 @@ class TorchBackend(Backend):
         self._network: DogeForCausalLM | None = network
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         """Load the bundle's checkpoint.
 
         `threads` sets torch's own thread count, which is one number for the process.
         """
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if threads.count is not None:
+            torch.set_num_threads(threads.count)
         network = load_checkpoint(
             bundle.path / variant.path, router_mode=bundle.manifest.router_mode
         )

@@ -19,6 +19,7 @@ from runtime.backends.base import Backend, Limits
 from runtime.backends.narrow_cache import PromptModel
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
+from runtime.cpu_threads import CpuThreads
 
 # The contract is 1e-3 at logits of size 30. Without norms of queries and keys attention amplifies
 # rounding: the specification in float64 is 9e-5 from g4h's stored float32 numbers, ONNX Runtime
@@ -67,7 +68,7 @@ class Exported:
         """ONNX Runtime on a model of this case."""
         config = self.network.config
         return OnnxRuntimeBackend(
-            make_session(str(path), 1),
+            make_session(str(path), CpuThreads(1)),
             contract,
             limits=self.limits,
             variant=path.stem,

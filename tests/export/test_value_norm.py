@@ -16,6 +16,7 @@ from model.contract import step_contract
 from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
+from runtime.cpu_threads import CpuThreads
 from tests.tiny_doge import write_checkpoint
 
 LIMITS = Limits(max_batch_size=2, max_input_len=32, max_seq_len=32)
@@ -31,7 +32,7 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(path: Path) -> np.ndarray:
     network = load_checkpoint(path.parent)
     backend = OnnxRuntimeBackend(
-        make_session(str(path), 1),
+        make_session(str(path), CpuThreads(1)),
         step_contract(network.config, network.generation, max_seq_len=32),
         limits=LIMITS,
         variant="fp32",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
 
 V = 13  # vocabulary
@@ -48,7 +49,7 @@ class HistoryBackend(Backend):
     calls: list[StepCall] = field(default_factory=list)
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from runtime.comparison import (
     random_prompts,
     variant_tolerance,
 )
+from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
 
 V = 6
@@ -43,7 +44,7 @@ class CountingBackend(Backend):
     seen: list[tuple[int, int]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
 from runtime.scoring import (
     SCORE_MODES,
@@ -43,7 +44,7 @@ class ChainBackend(Backend):
     step_sizes: list[int] = field(default_factory=list)
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         raise NotImplementedError
 
     def close(self) -> None:

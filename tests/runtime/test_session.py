@@ -16,6 +16,7 @@ from tokenizers import decoders, models
 
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
+from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
 from runtime.philox import uniform_numbers
 from runtime.sampling import SamplingParams, log_probabilities, pick
@@ -45,7 +46,7 @@ class TableBackend(Backend):
     steps: int = 0
 
     @classmethod
-    def open(cls, bundle: Bundle, variant: Variant, threads: int | None) -> Self:
+    def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from runtime.backends.base import Backend
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS
+from runtime.cpu_threads import CpuThreads
 from runtime.sampling import SamplingParams, make_sampler
 from runtime.session import GenerationEvent, GenerationSession
 from runtime.token_chooser import TokenChooser
@@ -34,7 +35,7 @@ def bundle(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture
 def graph(bundle: Bundle) -> Iterator[OnnxRuntimeBackend]:
     """Chooses in the graph."""
-    backend = open_backend("onnxruntime", bundle, threads=1)
+    backend = open_backend("onnxruntime", bundle, threads=CpuThreads(1))
     assert isinstance(backend, OnnxRuntimeBackend)
     yield backend
     backend.close()
@@ -43,7 +44,7 @@ def graph(bundle: Bundle) -> Iterator[OnnxRuntimeBackend]:
 @pytest.fixture
 def host(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
     """The same model, its tokens chosen by the host."""
-    backend = open_backend("onnxruntime", bundle, threads=1)
+    backend = open_backend("onnxruntime", bundle, threads=CpuThreads(1))
     monkeypatch.setattr(backend, "_choice", None)
     yield backend
     backend.close()
