@@ -59,6 +59,11 @@ def assert_close(
     np.testing.assert_allclose(actual, expected, atol=lowered.exported.atol, rtol=0)
 
 
+def assert_agree(lowered: Lowered, actual: NDArray[np.float32], other: NDArray[np.float32]) -> None:
+    """Both may be as far from the truth as the tolerance allows, to either side."""
+    np.testing.assert_allclose(actual, other, atol=2 * lowered.exported.atol, rtol=0)
+
+
 def test_prefill_equals_published_logits(lowered: Lowered) -> None:
     golden, backend = lowered.exported.golden, lowered.backend
     ids = golden["input_ids"]
@@ -87,7 +92,7 @@ def test_rows_at_different_lengths_decode_together(lowered: Lowered) -> None:
         steps = [each.prefill(ids, lengths, cache)]
         steps += [each.decode(ids[np.arange(3), lengths + more], cache) for more in range(4)]
         results.append(np.stack(steps))
-    assert_close(lowered, *results)
+    assert_agree(lowered, *results)
 
 
 def test_rewound_cache_goes_on_as_if_nothing_had_followed(lowered: Lowered) -> None:
@@ -168,7 +173,7 @@ def test_prompt_in_chunks_equals_one_pass(lowered: Lowered) -> None:
     ids = np.resize(exported.golden["input_ids"], (1, 21))
     whole = exported.onnxruntime.score(ids, np.array([21]), exported.onnxruntime.new_cache(1))
     assert backend.chunk_length == 8 < CHUNK_LENGTH
-    assert_close(lowered, backend.score(ids, np.array([21]), backend.new_cache(1)), whole)
+    assert_agree(lowered, backend.score(ids, np.array([21]), backend.new_cache(1)), whole)
 
 
 def test_bytes_read_leave_out_rows_that_are_not_looked_up(
