@@ -21,6 +21,7 @@ from runtime.benchmark_report import (
 from runtime.benchmarking import Contender, Measurement, measure_interleaved, open_backend_system
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
+from runtime.cpu_threads import CpuThreads
 from runtime.options import add_thread_flags, split_backend, threads_of
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import SystemProcessError
@@ -71,7 +72,7 @@ class _Task:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     _check_numbers(args)
-    tasks = list(_tasks(args))
+    tasks = list(_tasks(args, threads_of(args)))
     contenders = [task.contender for task in tasks]
     meter = BandwidthMeter(args.threads)
     measurements = measure_interleaved(
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return SUCCESS
 
 
-def _tasks(args: argparse.Namespace) -> Iterator[_Task]:
+def _tasks(args: argparse.Namespace, threads: CpuThreads) -> Iterator[_Task]:
     """Every backend on every bundle at every input length, in the order asked for."""
     bundles = [(path, Bundle.open(path)) for path in args.bundles]
     for _, bundle in bundles:
@@ -108,7 +109,7 @@ def _tasks(args: argparse.Namespace) -> Iterator[_Task]:
                     contender=Contender(
                         label=label,
                         open_system=partial(
-                            open_backend_system, path, backend, variant, threads=threads_of(args),
+                            open_backend_system, path, backend, variant, threads=threads,
                             batch_size=args.batch_size, capacity=input_len + args.output_len,
                         ),
                         vocab_size=bundle.config.vocab_size,
@@ -141,7 +142,6 @@ def _floor_s(
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    threads_of(args)
     least = {"output_len": 1, "batch_size": 1, "repeats": 1, "warmup": 0}
     for name, lowest in least.items():
         value = getattr(args, name)

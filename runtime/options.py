@@ -36,14 +36,16 @@ def add_thread_flags(parser: CommandParser) -> None:
 
 
 def threads_of(args: argparse.Namespace) -> CpuThreads:
-    """What `add_thread_flags` asked for.
+    """What `add_thread_flags` asked for; one line says where it is more than this machine has.
 
     Raises:
         UsageError: fewer threads than one.
     """
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads must be at least 1, got {args.threads}")
-    return CpuThreads(args.threads, args.spinning)
+    threads = CpuThreads(args.threads, args.spinning)
+    threads.warn_if_more_than_cores()
+    return threads
 
 
 def split_backend(name: str) -> tuple[str, str | None]:

@@ -25,6 +25,7 @@ from export.engine import EngineBuildError
 from model.checkpoint import inspect_checkpoint
 from runtime import compare, generate, score
 from runtime.command import FAILURE, INTERRUPTED, NEGATIVE, SUCCESS, USAGE
+from runtime.cpu_threads import usable_cpus
 from tests.tiny_doge import BASE_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -512,6 +513,33 @@ def test_all_bad_sampling_values_are_named_at_once(call: Call, moe_bundle: Built
     for name in ("temperature", "top_p", "max_tokens", "seed"):
         assert f"{name} must be" in error["message"]
     assert "top_k must be" not in error["message"]
+
+
+def test_more_threads_than_cpus_are_told_in_one_line_and_run(call: Call, moe_bundle: Built) -> None:
+    threads = usable_cpus() + 1
+    flags = ("--backend", "onnxruntime", "--prompt-ids", "3", "--max-tokens", 1)
+    outcome = call(generate.main, moe_bundle, *flags, "--threads", threads)
+    assert outcome.status == SUCCESS, outcome.err
+    assert outcome.err.startswith(f"--threads {threads} is more than the CPUs usable here")
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("backend", "lines"), [("torch", 1), ("onnxruntime", 0)])
+def test_waiting_without_spinning_is_onnxruntimes_alone(
+    call: Call, moe_bundle: Built, backend: str, lines: int
+) -> None:
+    flags = ("--backend", backend, "--prompt-ids", "3", "--max-tokens", 1, "--threads", 1)
+    outcome = call(generate.main, moe_bundle, *flags, "--no-spinning")
+    assert outcome.status == SUCCESS, outcome.err
+    assert outcome.err.count("--no-spinning is for onnxruntime") == lines
+    assert outcome.err.count("\n") == lines
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_less_than_one_thread_is_wrong_usage(call: Call, moe_bundle: Built, count: int) -> None:
+    outcome = call(generate.main, moe_bundle, "--prompt-ids", "3", "--threads", count)
+    assert outcome.status == USAGE
+    assert f"--threads must be at least 1, got {count}" in outcome.err
 
 
 def test_an_unknown_backend_is_wrong_usage(call: Call, moe_bundle: Built) -> None:

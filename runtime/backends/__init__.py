@@ -44,7 +44,6 @@ def open_backend(
         ValueError: an unknown backend or variant.
         BackendUnavailableError: the backend cannot run here; says what to install or change.
     """
-    threads.warn_if_more_than_cores()
     if name is not None:
         return _backend_class(name).open(bundle, bundle.variant(name, variant), threads)
     reasons = []

@@ -159,11 +159,7 @@ class OnnxRuntimeBackend(Backend):
             router_mode=config.router_mode if config.is_moe else None,
             rows_alone=bool(variant.details.get("rows_alone", False)),
             chunk_length=variant.details.get("chunk_length"),
-            token_choice=None
-            if choice is None
-            else TokenChoice(
-                make_session(str(bundle.file(choice["path"])), CpuThreads(1)), choice["width"]
-            ),
+            token_choice=None if choice is None else _open_choice(bundle, choice),
             prompt_model=cls._prompt_model_of(bundle, variant, threads),
         )
 
@@ -179,7 +175,7 @@ class OnnxRuntimeBackend(Backend):
         alone = replace(variant, path=prompt["path"], details={**details, "cache_dtype": "float32"})
         bundle.file(alone.path)
         return PromptModel(
-            open=partial(cls.open, bundle, alone, threads),
+            open=partial(cls.open, bundle, alone, replace(threads, spinning_between=False)),
             scales=load_scales(bundle.file(prompt["scales"])),
             from_tokens=prompt["from_tokens"],
         )
@@ -427,8 +423,14 @@ def make_session(path: str, threads: CpuThreads = THE_BACKENDS_CHOICE) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns of every node that it moves
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads.count or default_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(threads.spinning)))
+    for setting, value in {
+        "session.intra_op.allow_spinning": threads.spinning,
+        "session.force_spinning_stop": not threads.spinning_between,
+    }.items():
+        options.add_session_config_entry(setting, str(int(value)))
     available = onnxruntime.get_available_providers()
     providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:

@@ -5,6 +5,7 @@ The only module of `runtime/` that imports torch.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,8 @@ from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
 from runtime.cpu_threads import CpuThreads
 from runtime.manifest import Variant
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -44,8 +47,14 @@ class TorchBackend(Backend):
     def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         """Load the bundle's checkpoint.
 
-        `threads` sets torch's own thread count, which is one number for the process.
+        `threads` sets torch's own thread count, which is one number for the process. How they wait
+        is decided by the environment when torch is imported, so that is said and not done.
         """
+        if not threads.spinning:
+            logger.warning(
+                "--no-spinning is for onnxruntime: how torch's threads wait is set by the "
+                "environment variable OMP_WAIT_POLICY"
+            )
         if threads.count is not None:
             torch.set_num_threads(threads.count)
         network = load_checkpoint(

@@ -9,6 +9,7 @@ import pytest
 from export import build_engine
 from runtime.benchmark import main
 from runtime.command import FAILURE, SUCCESS, USAGE
+from runtime.cpu_threads import usable_cpus
 from tests.fake_bundle import write_fake_bundle
 
 FIELDS = {
@@ -133,6 +134,14 @@ def test_batch_beyond_the_limit_is_wrong_usage(fake_bundle, capsys):
 )
 def test_numbers_that_make_no_sense_are_wrong_usage(fake_bundle, capsys, flags, told):
     assert told in refusal(capsys, fake_bundle, *flags, status=USAGE)
+
+
+def test_too_many_threads_are_told_once_however_many_are_opened(mixed_bundle, capfd):
+    threads = usable_cpus() + 1
+    flags = ("--backend", "onnxruntime,onnxruntime", "--output-len", 1, "--repeats", 1)
+    status = main([*map(str, (mixed_bundle, *flags, "--warmup", 0, "--threads", threads))])
+    assert status == SUCCESS
+    assert capfd.readouterr().err.count(f"--threads {threads} is more than") == 1
 
 
 def test_unknown_backend_or_variant_is_an_error(fake_bundle, capsys):
