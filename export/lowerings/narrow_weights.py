@@ -1,7 +1,10 @@
 """Weights of 8 or 4 bits for ONNX Runtime: symmetric, one scale per block.
 
 Of 8 bits they are rounded to nearest. Of 4 bits each block takes the scale, of several tried, that
-leaves the least squared error: on doge-tiny half the loss of rounding to nearest (docs/export.md).
+leaves the least squared error: on doge-tiny a fifth less loss than rounding to nearest. The method
+is that of llama.cpp's k-quants (`make_qx_quants` in ggml-quants.c) without its weighting by size;
+more scales, weights from activations and zero points were measured and gave little or nothing
+(docs/benchmarks.md, "Rounding to 4 bits").
 
 Projections and the head become MatMulNBits with int8 activations (accuracy level 4); the embedding
 and the expert tables become GatherBlockQuantized. What is small and decides much stays float32:
@@ -19,6 +22,7 @@ import onnx_ir as ir
 from export.lowerings.graph_editor import GraphEditor
 
 Bits = Literal[4, 8]
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # what MatMulNBits has
 # Parts of names of what stays float32.
 KEPT = ("score_proj", "router_gate", "value_gate", "value_sums", "v_embed", "queries", "keys")
 BLOCK_SIZE = 128
@@ -26,7 +30,7 @@ BLOCK_SIZE = 128
 # cut that number off so that all others are finer. Either sign of the scale gives the largest
 # number the end of the range that has one value more.
 _PARTS_OF_SCALE = tuple(sign * part for part in np.linspace(0.7, 1.05, 8) for sign in (1, -1))
-_CHUNK = 1 << 21  # weights rounded at a time, to bound the memory of the search
+_CHUNK = 1 << 18  # weights rounded at a time, which bounds the memory of the search
 
 
 def narrow_weights(editor: GraphEditor, bits: Bits, block_size: int = BLOCK_SIZE) -> None:
@@ -39,7 +43,8 @@ def narrow_weights(editor: GraphEditor, bits: Bits, block_size: int = BLOCK_SIZE
             largest power of two below it that does, and at least 16, is taken.
 
     Raises:
-        ValueError: the inputs of a weight are no multiple of 16.
+        ValueError: a block size that MatMulNBits does not have, or the inputs of a weight are no
+            multiple of 16.
     """
     for node in list(editor.graph):
         if node.op_type in {"MatMul", "FusedMatMul"}:
@@ -60,8 +65,18 @@ def quantize_blocks(
 
     Returns:
         [rows, inputs / block_size, block_size · bits / 8] uint8, of 4 bits the lower half first,
-        and [rows, inputs / block_size] float32 scales.
+        and [rows, inputs / block_size] float32 scales, of either sign. A weight is its scale times
+        (its integer - half the range).
+
+    Raises:
+        ValueError: a block size that MatMulNBits does not have, or that does not divide the inputs.
     """
+    _check_block_size(block_size)
+    if weight.shape[1] % block_size:
+        raise ValueError(
+            f"blocks of {block_size} inputs do not divide {weight.shape[1]} inputs, expected a "
+            "size that does; fitting_block_size finds it"
+        )
     zero = 1 << (bits - 1)
     blocks = weight.reshape(-1, block_size)
     levels = np.empty(blocks.shape, np.uint8)
@@ -101,7 +116,9 @@ def _round_blocks(
 def _levels(
     blocks: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], bits: Bits
 ) -> npt.NDArray[np.float32]:
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    # Of a subnormal scale the inverse may be infinite; what it would reach is as good as zero.
+    normal = np.abs(scales) >= np.finfo(np.float32).tiny
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=normal)
     end = 1 << (bits - 1)
     levels: npt.NDArray[np.float32] = np.rint(blocks * inverse[:, None])
     return np.clip(levels, -end, end - 1, out=levels)
@@ -121,19 +138,25 @@ def fitting_block_size(inputs: int, block_size: int) -> int:
     """The largest power of two up to `block_size` that divides `inputs`.
 
     Raises:
-        ValueError: none of at least 16 does, or `block_size` is no power of two from 16 to 256,
-            the sizes that MatMulNBits has.
+        ValueError: none of at least 16 does, or `block_size` is not one of `BLOCK_SIZES`.
     """
-    if block_size not in (16, 32, 64, 128, 256):
-        raise ValueError(
-            f"blocks of {block_size} inputs, expected 16, 32, 64, 128 or 256 (MatMulNBits has no "
-            "others)"
-        )
+    _check_block_size(block_size)
     while block_size >= 16:
         if inputs % block_size == 0:
             return block_size
         block_size //= 2
-    raise ValueError(f"{inputs} inputs are no multiple of 16, which narrow weights need")
+    raise ValueError(
+        f"{inputs} inputs are no multiple of 16, which narrow weights need; build with float32 "
+        "weights (--cpu fp32)"
+    )
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"blocks of {block_size} inputs, expected 16, 32, 64, 128 or 256; MatMulNBits has no "
+            "others, so take one of these"
+        )
 
 
 def _narrow_product(editor: GraphEditor, node: ir.Node, bits: Bits, block_size: int) -> None:

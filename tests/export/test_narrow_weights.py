@@ -111,6 +111,29 @@ def test_a_block_of_zeros_stays_one(bits: Bits) -> None:
     assert rounded[[0, 1, 3, 4]].any(axis=1).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 3e-38])
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_small_for_an_inverse_stay_small(bits: Bits, size: float) -> None:
+    """As rows that weight decay has worn down; an infinite inverse times zero is no number."""
+    weight = random_weight(2, 32) * np.float32(size)
+    weight[:, ::3] = 0
+    rounded = restored(*quantize_blocks(weight, bits, 32), bits)
+    assert (np.abs(rounded - weight) <= np.abs(weight).max()).all()
+
+
+def test_no_scale_at_all_does_much_better_than_the_one_found() -> None:
+    """A search through 4000 scales of each block leaves at least 0.97 of the error."""
+    weight = random_weight(16, 128)
+    found = squared_errors(weight, 4, 64).sum()
+    blocks = weight.reshape(-1, 1, 64)
+    scales = np.linspace(-0.6, 0.6, 4000, dtype=np.float32)[:, None]
+    levels = np.clip(np.rint(blocks / scales), -8, 7)
+    errors = ((levels * scales - blocks) ** 2).sum(-1)
+    least = errors.min(1).sum()
+    assert least <= found < least / 0.97
+
+
 def test_8_bits_keep_the_largest_number_of_a_block_exactly() -> None:
     weight = random_weight(5, 32)
     weight[3, 4] = -9
@@ -129,10 +152,21 @@ def test_rounding_a_large_weight_in_pieces_changes_nothing(monkeypatch: pytest.M
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("block_size", [0, 8, 48, 512])
+@pytest.mark.parametrize("block_size", [-32, 0, 8, 48, 512])
 def test_block_size_that_the_product_does_not_have_is_an_error(block_size: int) -> None:
     with pytest.raises(ValueError, match=f"blocks of {block_size} inputs, expected 16, 32"):
         fitting_block_size(768, block_size)
+    with pytest.raises(ValueError, match=f"blocks of {block_size} inputs, expected 16, 32"):
+        quantize_blocks(random_weight(2, 1536), 4, block_size)
+
+
+# Of the second shape the blocks come out even over all rows, not within one.
+@pytest.mark.parametrize(("rows", "inputs"), [(3, 48), (4, 80)])
+def test_rounding_in_blocks_that_do_not_divide_the_inputs_is_an_error(
+    rows: int, inputs: int
+) -> None:
+    with pytest.raises(ValueError, match=f"blocks of 32 inputs do not divide {inputs} inputs"):
+        quantize_blocks(random_weight(rows, inputs), 8, 32)
 
 
 @pytest.mark.parametrize(
