@@ -21,7 +21,8 @@ from runtime.benchmarking import (
     prefill_ratio,
     summarize,
 )
-from runtime.roofline import BandwidthMeter, last_cache_bytes, usable_cores
+from runtime.cpu_threads import usable_cpus
+from runtime.roofline import BandwidthMeter, last_cache_bytes
 
 # Distributions whose version may explain a number.
 _PACKAGES = (
@@ -133,7 +134,7 @@ def describe_machine(meter: BandwidthMeter) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _proc_field("cpuinfo", "model name") or platform.processor(),
-        "cores": usable_cores(),
+        "cores": usable_cpus(),
         "memory_mb": _memory_mb(),
         "last_cache_mb": _rounded((last_cache_bytes() or 0) / 2**20 or None, 1),
         "read_threads": meter.threads,

@@ -12,7 +12,6 @@ are not counted.
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -24,6 +23,7 @@ import numpy as np
 from model.config import DogeConfig
 from model.generations.generation import Generation
 from runtime.bundle import Bundle
+from runtime.cpu_threads import usable_cpus
 from runtime.manifest import Variant
 
 # Bits of a weight, by the precision that a variant names.
@@ -96,7 +96,7 @@ class BandwidthMeter:
         Args:
             threads: how many read at the same time; None takes one for each usable core.
         """
-        self.threads = threads or usable_cores()
+        self.threads = threads or usable_cpus()
         size = max(_LEAST_BUFFER_BYTES, 4 * (last_cache_bytes() or 0))
         # Written, so that every page is one of its own and not the kernel's page of zeros.
         self._parts = np.array_split(np.ones(size // 4, np.int32), self.threads)
@@ -117,13 +117,6 @@ class BandwidthMeter:
     def bytes_per_s(self) -> float:
         """Median of the measurements so far, of which there is at least one."""
         return median(self._measured)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def last_cache_bytes() -> int | None:
