@@ -1,4 +1,4 @@
-"""A bundle beside transformers and llama.cpp, in one run: python benchmarks/cpu_peers.py BUNDLE.
+"""A bundle beside transformers, llama.cpp and OpenVINO: python benchmarks/cpu_peers.py BUNDLE.
 
 All systems take turns in rounds, each in a process of its own, one prompt length after the other;
 ratios are to transformers in the same round. What has to be installed: requirements.txt.
@@ -10,13 +10,14 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llama_gguf import FORMATS, write_llama
-from peer_systems import open_llama_cpp, open_transformers
+import llama_gguf
+import llama_openvino
+from peer_systems import open_llama_cpp, open_openvino, open_transformers
 
 from model.config import UnsupportedModelError
 from runtime.backends.base import BackendUnavailableError
@@ -32,7 +33,7 @@ from runtime.bundle import Bundle, Variant
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
 from runtime.cpu_threads import CpuThreads
 from runtime.roofline import BandwidthMeter, step_bytes
-from runtime.system_process import Opener, SystemProcessError
+from runtime.system_process import Opener, System, SystemProcessError
 
 logger = logging.getLogger("runtime.cpu_peers")
 
@@ -43,6 +44,10 @@ ERRORS = (
     UnsupportedModelError,
     ValueError,
 )
+
+
+# File of the Llama by system and format.
+Llamas = dict[tuple[str, str], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,9 @@ class _Peer:
 
 def make_parser() -> CommandParser:
     """The script's flags."""
-    parser = CommandParser("cpu_peers", "Measure a bundle beside transformers and llama.cpp.")
+    parser = CommandParser(
+        "cpu_peers", "Measure a bundle beside transformers, llama.cpp and OpenVINO."
+    )
     parser.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="of generation G4, with its checkpoint"
     )
@@ -66,8 +73,12 @@ def make_parser() -> CommandParser:
         help="models of ONNX Runtime (all but the canonical one, if there are others)",
     )  # fmt: skip
     parser.add_argument(
-        "--llama", type=_names, default=",".join(FORMATS), metavar="F[,F...]",
-        help="formats of the Llama of the same shape, or `none`",
+        "--llama", type=_names, default=",".join(llama_gguf.FORMATS), metavar="F[,F...]",
+        help="formats of llama.cpp's Llama of the same shape, or `none`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--openvino", type=_names, default=",".join(llama_openvino.FORMATS), metavar="F[,F...]",
+        help="formats of OpenVINO's Llama of the same shape, or `none`",
     )  # fmt: skip
     parser.add_argument(
         "--input-len", type=_numbers, default="16,512,1900", metavar="N[,N...]",
@@ -85,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     _check(args, bundle)
     meter = BandwidthMeter(args.threads)
-    with tempfile.TemporaryDirectory(prefix="llama-gguf-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llama-") as folder:
         llamas = _write_llamas(args, bundle, Path(folder))
         results = [
             result
@@ -96,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report = {
             "machine": machine,
-            "versions": describe_versions("transformers", "llama-cpp-python", "gguf"),
+            "versions": describe_versions("transformers", "llama-cpp-python", "gguf", "openvino"),
             "results": [_as_dict(result) for result in results],
         }
         print_json(report)
@@ -108,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(
     args: argparse.Namespace,
     bundle: Bundle,
-    llamas: dict[str, Path],
+    llamas: Llamas,
     input_len: int,
     meter: BandwidthMeter,
 ) -> list[Result]:
@@ -136,7 +147,7 @@ def _measure(
 
 
 def _peers(
-    args: argparse.Namespace, bundle: Bundle, llamas: dict[str, Path], capacity: int
+    args: argparse.Namespace, bundle: Bundle, llamas: Llamas, capacity: int
 ) -> Iterator[_Peer]:
     """The systems, transformers first: ratios are to it."""
     checkpoint = bundle.path / bundle.variant("torch").path
@@ -155,13 +166,15 @@ def _peers(
                 threads=CpuThreads(args.threads), batch_size=1, capacity=capacity,
             ),
         )  # fmt: skip
-    for name, file in llamas.items():
+    openers: dict[str, Callable[..., System]] = {
+        "llama.cpp": partial(open_llama_cpp, capacity=capacity),
+        "openvino": open_openvino,
+    }
+    for (system, name), file in llamas.items():
         yield _Peer(
             name="Llama, same shape",
-            label=f"llama.cpp:{name}",
-            open_system=partial(
-                open_llama_cpp, file, name, capacity=capacity, threads=args.threads
-            ),
+            label=f"{system}:{name}",
+            open_system=partial(openers[system], file, name, threads=args.threads),
         )
 
 
@@ -172,18 +185,24 @@ def _variants(args: argparse.Namespace, bundle: Bundle) -> list[Variant]:
     return [variant for variant in every if variant.name != "canonical"] or [*every]
 
 
-def _write_llamas(args: argparse.Namespace, bundle: Bundle, folder: Path) -> dict[str, Path]:
-    """A file for each format asked for; none beside a mixture of experts."""
-    if args.llama == ["none"]:
-        return {}
-    if bundle.config.is_moe:
-        logger.info("llama.cpp is left out: no Llama has the shape of a mixture of Doge's experts")
+def _write_llamas(args: argparse.Namespace, bundle: Bundle, folder: Path) -> Llamas:
+    """A file for each system and format asked for; none beside a mixture of experts."""
+    formats = {"llama.cpp": args.llama, "openvino": args.openvino}
+    asked = [
+        (system, name) for system, names in formats.items() if names != ["none"] for name in names
+    ]
+    if asked and (bundle.config.is_moe or bundle.config.is_seed):
+        logger.info("Llamas are left out: none has the shape of a mixture of Doge's experts")
         return {}
     files = {}
-    for name in args.llama:
-        logger.info("writing a Llama of the same shape as %s", name)
-        files[name] = folder / f"{name}.gguf"
-        write_llama(files[name], bundle.config, name)
+    for system, name in asked:
+        logger.info("writing a Llama of the same shape for %s as %s", system, name)
+        if system == "llama.cpp":
+            files[system, name] = folder / f"{name}.gguf"
+            llama_gguf.write_llama(files[system, name], bundle.config, name)
+        else:
+            files[system, name] = folder / f"{name}.xml"
+            llama_openvino.write_openvino_llama(files[system, name], bundle.config, name)
     return files
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from llama_weights import llama_tensors
 from peer_systems import import_peer
 
 from model.config import DogeConfig
 
 # Formats in which weights are written; norms are always F32.
 FORMATS = ("F32", "Q8_0", "Q4_0")
-_SEED = 0
 
 
 def write_llama(path: Path, config: DogeConfig, weight_format: str) -> None:
@@ -30,10 +27,9 @@ def write_llama(path: Path, config: DogeConfig, weight_format: str) -> None:
         ValueError: a mixture of experts, or an unknown format.
         BackendUnavailableError: the package gguf is missing.
     """
-    if config.is_moe or config.is_seed:
-        raise ValueError("a mixture of Doge's experts has no Llama of the same shape")
     if weight_format not in FORMATS:
         raise ValueError(f"unknown format {weight_format!r}; there are {', '.join(FORMATS)}")
+    tensors = llama_tensors(config)
     gguf = import_peer("gguf")
     kind = gguf.GGMLQuantizationType[weight_format]
     writer = gguf.GGUFWriter(path, "llama")
@@ -48,7 +44,7 @@ def write_llama(path: Path, config: DogeConfig, weight_format: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    for name, tensor in _tensors(config):
+    for name, tensor in tensors.items():
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor)
         else:
@@ -57,33 +53,3 @@ def write_llama(path: Path, config: DogeConfig, weight_format: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _tensors(config: DogeConfig) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Every tensor under llama.cpp's name, [out, in]."""
-    generator = np.random.default_rng(_SEED)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {
-            f"blk.{index}.attn_norm": (hidden,),
-            f"blk.{index}.attn_q": (queries, hidden),
-            f"blk.{index}.attn_k": (keys, hidden),
-            f"blk.{index}.attn_v": (keys, hidden),
-            f"blk.{index}.attn_output": (hidden, queries),
-            f"blk.{index}.ffn_norm": (hidden,),
-            f"blk.{index}.ffn_gate": (inner, hidden),
-            f"blk.{index}.ffn_up": (inner, hidden),
-            f"blk.{index}.ffn_down": (hidden, inner),
-        }
-    shapes["output_norm"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["output"] = (config.vocab_size, hidden)
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            yield f"{name}.weight", np.ones(shape, np.float32)
-        else:
-            scale = np.float32(1 / np.sqrt(shape[-1]))
-            yield f"{name}.weight", generator.standard_normal(shape, np.float32) * scale

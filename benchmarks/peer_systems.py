@@ -1,4 +1,4 @@
-"""transformers and llama.cpp as systems that can be measured. Their packages load when opened."""
+"""transformers, llama.cpp and OpenVINO as systems to be measured; packages load when opened."""
 
 from __future__ import annotations
 
@@ -112,6 +112,52 @@ class LlamaCppSystem:
         return int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
 
 
+class OpenVinoSystem:
+    """OpenVINO's CPU plugin, greedy, set for latency, otherwise with its defaults.
+
+    These are a cache of 8 bits, and products in bfloat16 where the CPU has them.
+
+    Attributes:
+        backend: `openvino`.
+        variant: format of the weights.
+    """
+
+    backend = "openvino"
+
+    def __init__(self, request: Any, variant: str) -> None:
+        """Measure a request of a compiled model, see `write_openvino_llama`.
+
+        Args:
+            request: its state is the cache.
+            variant: format of the weights.
+        """
+        self.variant = variant
+        self._request = request
+        self._beam = np.zeros(1, np.int32)
+
+    def run(self, prompts: Ids, output_len: int) -> Timing:
+        """Generate from prompts [1, S]."""
+        self._request.reset_state()
+        length = prompts.shape[1]
+        marks = [time.perf_counter()]
+        token = self._feed(prompts, 0)
+        marks.append(time.perf_counter())
+        for position in range(length, length + output_len - 1):
+            token = self._feed(np.array([[token]]), position)
+            marks.append(time.perf_counter())
+        return _timing(marks, output_len)
+
+    def close(self) -> None:
+        """Nothing is held beyond the process."""
+
+    def _feed(self, ids: Ids, start: int) -> int:
+        """Append the tokens [1, S] from position `start` on and give the most likely next one."""
+        positions = np.arange(start, start + ids.shape[1])
+        inputs = {"input_ids": ids, "position_ids": positions, "beam_idx": self._beam}
+        logits = self._request.infer(inputs, share_inputs=True, share_outputs=True)["logits"]
+        return int(logits.argmax())
+
+
 class _Clock:
     """A streamer that notes when it was made and when each token came."""
 
@@ -182,6 +228,22 @@ def open_llama_cpp(file: Path, variant: str, *, capacity: int, threads: int) -> 
     if not context:
         raise ValueError(f"llama.cpp does not load {file}")
     return LlamaCppSystem(library, model, context, variant)
+
+
+def open_openvino(file: Path, variant: str, *, threads: int) -> OpenVinoSystem:
+    """Open a model that `write_openvino_llama` wrote.
+
+    Weights in float32 are computed with in float32, as by the systems beside it.
+
+    Raises:
+        BackendUnavailableError: openvino is missing.
+    """
+    core = import_peer("openvino").Core()
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    if variant == "F32":
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = core.compile_model(str(file), "CPU", settings)
+    return OpenVinoSystem(compiled.create_infer_request(), variant)
 
 
 # What C code calls back must outlive every call.

@@ -32,8 +32,8 @@ def run(*arguments):
 @pytest.mark.slow
 def test_ratios_are_to_transformers_in_the_same_run(bundle):
     status, report = run(
-        bundle, "--llama", "none", "--variants", "fp32", "--input-len", 9, "--output-len", 4,
-        "--repeats", 2, "--warmup", 0,
+        bundle, "--llama", "none", "--openvino", "none", "--variants", "fp32", "--input-len", 9,
+        "--output-len", 4, "--repeats", 2, "--warmup", 0,
     )  # fmt: skip
     assert status == SUCCESS, report
     assert "transformers" in report["versions"]
@@ -49,6 +49,6 @@ def test_ratios_are_to_transformers_in_the_same_run(bundle):
 
 @pytest.mark.slow
 def test_prompt_beyond_the_context_is_wrong_usage(bundle):
-    status, report = run(bundle, "--llama", "none", "--input-len", 250)
+    status, report = run(bundle, "--llama", "none", "--openvino", "none", "--input-len", 250)
     assert status == USAGE
     assert "exceed the 256 tokens" in report["error"]["message"]
