@@ -10,8 +10,9 @@ from pathlib import Path
 from export.bundle_writer import BundleWriteError
 from export.checks import ExportCheckError
 from export.cpu_models import KV_CACHE_DTYPES, CpuRequest
-from export.engine import PRECISIONS, EngineBuildError, EngineConfig
+from export.engine import PLUGINS, PRECISIONS, EngineBuildError, EngineConfig
 from export.estimate import estimate
+from export.kernel_compiler import KernelCompileError
 from export.lowerings.cpu import CPU_PRECISIONS
 from export.pipeline import BuildRequest, BuildResult, build_bundle
 from export.progress import BuildProgress
@@ -31,6 +32,7 @@ ERRORS = (
     CheckpointDownloadError,
     EngineBuildError,
     ExportCheckError,
+    KernelCompileError,
     OSError,
     QualityError,
     UnsupportedModelError,
@@ -57,6 +59,12 @@ def make_parser() -> CommandParser:
     parser.add_argument("--target", default="sm89", help="GPU architectures, e.g. sm89,sm86")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp16", help="number format of the engine"
+    )
+    parser.add_argument(
+        "--plugin",
+        choices=PLUGINS,
+        default="none",
+        help="who runs the custom ops in the engine: TensorRT's own layers, or our kernels (doge)",
     )
     parser.add_argument(
         "--cpu",
@@ -149,6 +157,7 @@ def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig
         backend="tensorrt_rtx" if args.backend == "none" else args.backend,
         targets=tuple(args.target.split(",")),
         precision=args.precision,
+        plugin=args.plugin,
         max_batch_size=args.max_batch_size,
         max_input_len=max_seq_len if args.max_input_len is None else args.max_input_len,
         max_seq_len=max_seq_len,
@@ -181,7 +190,10 @@ def _print_estimate(
     if request is not None:
         steps.append(f"lower to {request.name} for the CPU")
     if args.backend != "none":
-        steps += [f"lower to {engine.precision}", f"build engine for {', '.join(engine.targets)}"]
+        steps.append(f"lower to {engine.precision}")
+        if engine.plugin != "none":
+            steps.append(f"compile kernels for {', '.join(engine.targets)}")
+        steps.append(f"build engine for {', '.join(engine.targets)}")
     steps.append("write bundle")
     if args.json:
         print_json({"bundle": str(output), "steps": steps, **found.as_dict()})

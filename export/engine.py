@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import onnx_ir as ir
 
 from export.builder_callbacks import (
     BuildLog,
@@ -17,11 +19,15 @@ from export.builder_callbacks import (
 )
 from export.profiles import Profile, step_profiles
 from model.contract import StepContract
+from plugins.custom_op import DOMAIN
+from plugins.tensorrt_plugin import deregister_plugins, register_plugins
 from runtime.backends.base import Limits
 from runtime.tensorrt_module import PRODUCTS, Product, load_tensorrt
 
 Precision = Literal["fp16", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PluginChoice = Literal["none", "doge"]
+PLUGINS: tuple[PluginChoice, ...] = get_args(PluginChoice)
 DTYPES: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -36,6 +42,7 @@ class EngineConfig:
     backend: Product = "tensorrt_rtx"
     targets: tuple[str, ...] = ("sm89",)
     precision: Precision = "fp16"
+    plugin: PluginChoice = "none"
     max_batch_size: int = 4
     max_input_len: int
     max_seq_len: int
@@ -48,6 +55,8 @@ class EngineConfig:
             problems.append(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
+        if self.plugin not in PLUGINS:
+            problems.append(f"plugin must be one of {', '.join(PLUGINS)}, got {self.plugin!r}")
         if not self.targets:
             problems.append("targets must name at least one GPU architecture, e.g. sm89")
         problems += [
@@ -81,7 +90,16 @@ class EngineConfig:
     @property
     def file_name(self) -> str:
         """Name of the engine file in a bundle's `engines/`."""
-        return f"{self.backend}-{'-'.join(self.targets)}-{self.precision}.engine"
+        return f"{self.backend}-{'-'.join(self.targets)}-{self.precision}{self._suffix}.engine"
+
+    @property
+    def variant_name(self) -> str:
+        """Name of the engine among its backend's variants."""
+        return f"{self.precision}-{'-'.join(self.targets)}{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.plugin == "none" else f"-{self.plugin}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +111,7 @@ class EngineReport:
         attention: layers of the built-in attention, one per decoder layer unless a plugin took it.
         cache_updates: in-place cache writes.
         plugin_layers: layers run by plugins.
+        kernels: names of the kernels that the plugins may launch.
         fused_attention: entries of the compiled plan that are one fused attention kernel, by
             profile; None where the builder's log does not show the plan.
         profiles: the optimization profiles.
@@ -103,6 +122,7 @@ class EngineReport:
     attention: int
     cache_updates: int
     plugin_layers: int
+    kernels: tuple[str, ...]
     fused_attention: int | None
     profiles: tuple[Profile, ...]
     builder_version: str
@@ -129,7 +149,12 @@ def check_builder(config: EngineConfig) -> None:
 
 
 def build_engine(
-    onnx_path: Path, config: EngineConfig, contract: StepContract, sink: ProgressSink
+    onnx_path: Path,
+    config: EngineConfig,
+    contract: StepContract,
+    sink: ProgressSink,
+    *,
+    kernels: frozenset[str] = frozenset(),
 ) -> BuiltEngine:
     """Parse a lowered model and build its engine.
 
@@ -138,6 +163,7 @@ def build_engine(
         config: targets and limits.
         contract: inputs and outputs in the engine's types; the network must match it.
         sink: where progress is shown.
+        kernels: names of the kernels that will be there where the engine runs, for plugins.
 
     Raises:
         BackendUnavailableError: the product is not installed or cannot be loaded.
@@ -145,6 +171,22 @@ def build_engine(
         KeyboardInterrupt: Ctrl-C during the build.
     """
     trt = load_tensorrt(config.backend)
+    if config.plugin == "none":
+        deregister_plugins(trt)
+        return _build(trt, onnx_path, config, contract, sink)
+    host = register_plugins(trt)
+    host.known, host.used = kernels, set()
+    try:
+        built = _build(trt, onnx_path, config, contract, sink)
+    finally:
+        host.known = None
+    return replace(built, report=replace(built.report, kernels=tuple(sorted(host.used))))
+
+
+def _build(
+    trt: Any, onnx_path: Path, config: EngineConfig, contract: StepContract, sink: ProgressSink
+) -> BuiltEngine:
+    """Parse and build with whatever plugins are registered."""
     log = BuildLog()
     logger = make_logger(trt, log)
     builder = trt.Builder(logger)
@@ -159,6 +201,7 @@ def build_engine(
     _check_network(network, contract)
     _allow_decomposed_attention(trt, network)
     layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    _check_plugins(onnx_path, config, layers["PLUGIN_V3"])
 
     profiles = step_profiles(config.limits)
     builder_config = builder.create_builder_config()
@@ -181,6 +224,7 @@ def build_engine(
             attention=layers["ATTENTION_OUTPUT"],
             cache_updates=layers["KV_CACHE_UPDATE"],
             plugin_layers=layers["PLUGIN_V3"],
+            kernels=(),
             fused_attention=count_fused_attention(log.verbose),
             profiles=profiles,
             builder_version=str(trt.__version__),
@@ -198,6 +242,24 @@ def _check_network(network: Any, contract: StepContract) -> None:
         raise EngineBuildError(
             f"the parsed network has inputs {found_inputs} and outputs {found_outputs}, the "
             f"contract {expected_inputs} and {expected_outputs}"
+        )
+
+
+def _check_plugins(onnx_path: Path, config: EngineConfig, found: int) -> None:
+    """Every custom op must have become a plugin layer, or none must have.
+
+    When the parser finds no plugin for a node it expands the function without a word, and the
+    engine is merely slow.
+    """
+    nodes = Counter(node.op_type for node in ir.load(onnx_path).graph if node.domain == DOMAIN)
+    expected = 0 if config.plugin == "none" else nodes.total()
+    if found != expected:
+        counts = ", ".join(f"{count} {name}" for name, count in sorted(nodes.items()))
+        raise EngineBuildError(
+            f"the model has {counts or 'no custom ops'}, and --plugin {config.plugin} asks for "
+            f"{expected} plugin layers; the parsed network has {found}. The parser expands the "
+            "function of a node whose plugin it does not find: its name, version or namespace "
+            "differs from the node's"
         )
 
 

@@ -148,18 +148,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     domain = onnxscript.values.Opset(DOMAIN, 1)
     standard = onnxscript.values.Opset("", OPSET)
     plugin = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
-    attention = onnxscript.values.Op(
-        domain,
-        DYNAMIC_MASK_ATTENTION.name,
-        _schema(DYNAMIC_MASK_ATTENTION, {"scale": "FLOAT", "keep_window_size": "INT"}),
-    )
-    experts = onnxscript.values.Op(
-        domain,
-        EXPERT_GATHER.name,
-        _schema(EXPERT_GATHER, {"top_k": "INT", "weight_inside": "INT", "normalize": "INT"}),
-    )
-    values = onnxscript.values.Op(
-        domain, VALUE_GATHER.name, _schema(VALUE_GATHER, {"top_k": "INT", "subset_sums": "INT"})
+    attention, experts, values = (
+        onnxscript.values.Op(domain, op.name, _schema(op))
+        for op in (DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, VALUE_GATHER)
     )
     tap = onnxscript.values.Op(domain, "Tap", _tap_schema())
 
@@ -206,16 +197,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _schema(custom_op: CustomOp, attributes: dict[str, str]) -> onnx.defs.OpSchema:
+def _schema(custom_op: CustomOp) -> onnx.defs.OpSchema:
     """Schema of a custom op: every float input of one type, attributes as declared."""
     schema = onnx.defs.OpSchema
-    integers = {"write_index"}
     return schema(
         custom_op.name,
         DOMAIN,
         1,
         inputs=[
-            schema.FormalParameter(name, "tensor(int64)" if name in integers else "T")
+            schema.FormalParameter(
+                name, "tensor(int64)" if name in custom_op.integer_inputs else "T"
+            )
             for name in custom_op.inputs
         ],
         outputs=[schema.FormalParameter(name, "T") for name in custom_op.outputs],
@@ -223,7 +215,7 @@ def _schema(custom_op: CustomOp, attributes: dict[str, str]) -> onnx.defs.OpSche
         attributes=[
             *(
                 schema.Attribute(name, getattr(onnx.defs.OpSchema.AttrType, kind), "")
-                for name, kind in attributes.items()
+                for name, kind in custom_op.attributes.items()
             ),
             *(
                 schema.Attribute(name, onnx.defs.OpSchema.AttrType.STRING, "")

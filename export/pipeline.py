@@ -23,6 +23,7 @@ from export.engine import (
     check_builder,
 )
 from export.graph import MODEL_NAME, export_onnx
+from export.kernel_build import op_uses, write_kernels
 from export.lowerings.cpu import CPU_PRECISIONS
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
@@ -180,6 +181,7 @@ class _Build:
         self._variants: list[Variant] = []
         self._versions = _installed_versions()
         self._network: DogeForCausalLM | None = None
+        self._adopted: Bundle | None = None
 
     def contract(
         self, cache_dtype: str = "float32", score_heads: int | None = None
@@ -218,6 +220,7 @@ class _Build:
             return False
         rebuilt = self._engine_path()
         self._writer.adopt(previous, lambda file: _is_kept(file, rebuilt))
+        self._adopted = previous
         self._checks = {name: dict(result) for name, result in manifest.checks.items()}
         self._variants = [
             v for v in manifest.variants if v.path != rebuilt and v.backend != "torch"
@@ -287,15 +290,16 @@ class _Build:
         with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
             with self._progress.stage(f"lower to {config.precision}"):
                 lowered = lower_for_tensorrt(canonical, Path(scratch), dtype)
+            kernels = self._kernels(config, dtype)
             with self._progress.stage("build engine"):
-                built = build_engine(lowered, config, contract, self._progress)
+                built = build_engine(lowered, config, contract, self._progress, kernels=kernels)
         relative = f"engines/{config.file_name}"
         self._writer.path_for(relative).write_bytes(built.blob)
         self._writer.add_file("engine", relative)
         details = _engine_details(config, built.report, contract, dtype)
         variant = Variant(
             backend=config.backend,
-            name=f"{config.precision}-{'-'.join(config.targets)}",
+            name=config.variant_name,
             path=relative,
             precision=config.precision,
             details=details,
@@ -310,6 +314,15 @@ class _Build:
             "attention": built.report.attention,
             **{key: details[key] for key in keys},
         }
+
+    def _kernels(self, config: EngineConfig, dtype: str) -> frozenset[str]:
+        """Compile what the engine's plugins launch into the bundle; their names."""
+        if config.plugin == "none":
+            return frozenset()
+        uses = op_uses(self._writer.folder / MODEL_NAME, dtype)
+        with self._progress.stage(f"compile kernels for {', '.join(config.targets)}"):
+            library = write_kernels(uses, config.targets, self._writer, self._adopted)
+        return library.names
 
     def copy_checkpoint(self) -> None:
         """Link the checkpoint and its tokenizer into the bundle, unless adopted already."""
@@ -357,14 +370,19 @@ class _Build:
 def _preference(variant: Variant) -> int:
     """Place among a backend's variants, of which the first is its default.
 
-    Engines: fp16 before bf16 before fp32. The CPU: lowered models before the canonical one, fp32
-    before narrow ones, a cache of float32 before one of 8 bits.
+    Engines: fp16 before bf16 before fp32, TensorRT's own layers before plugins. The CPU: lowered
+    models before the canonical one, fp32 before narrow ones, a cache of float32 before one of 8
+    bits.
     """
     if variant.name == CANONICAL:
         return 2 * (len(PRECISIONS) + len(CPU_PRECISIONS))
     order = CPU_PRECISIONS if variant.backend == "onnxruntime" else PRECISIONS
     place = [*order].index(variant.precision) if variant.precision in order else len(order)
-    return 2 * place + (variant.details.get("cache_dtype") == "int8")
+    later = (
+        variant.details.get("cache_dtype") == "int8"
+        or variant.details.get("plugin", "none") != "none"
+    )
+    return 2 * place + later
 
 
 def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:
@@ -385,7 +403,9 @@ def _engine_details(
         "layers": report.layers,
         "attention": report.attention,
         "cache_updates": report.cache_updates,
+        "plugin": config.plugin,
         "plugin_layers": report.plugin_layers,
+        "kernels": list(report.kernels),
         "fused_attention": report.fused_attention,
     }
 

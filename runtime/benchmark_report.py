@@ -133,13 +133,18 @@ def describe_machine(meter: BandwidthMeter) -> dict[str, Any]:
     """The CPU, its memory and the bandwidth measured in this run."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _proc_field("cpuinfo", "model name") or platform.processor(),
+        "cpu": cpu_name(),
         "cores": usable_cpus(),
         "memory_mb": _memory_mb(),
         "last_cache_mb": _rounded((last_cache_bytes() or 0) / 2**20 or None, 1),
         "read_threads": meter.threads,
         "read_gb_per_s": round(meter.bytes_per_s / 1e9, 2),
     }
+
+
+def cpu_name() -> str:
+    """What this machine calls its processor."""
+    return _proc_field("cpuinfo", "model name") or platform.processor()
 
 
 def describe_versions(*more: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from model.config import SEED_FIELDS, DogeConfig, RouterMode, UnsupportedModelEr
 from model.contract import DTYPE_BYTES, StepContract, step_contract
 from model.generations import GENERATIONS, generation_named
 from runtime.backends.base import Limits
+from runtime.kernel_library import KERNEL_FOLDER, KernelLibrary
 from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
 from runtime.strict_json import Kinds, read_object
 
@@ -168,18 +169,32 @@ class Bundle:
     def executable_file(self, variant: Variant) -> Path:
         """The file or folder of `variant`, with every byte of it compared with its hash.
 
-        For engines and kernels, whose content the machine runs.
+        For engines, whose content the machine runs.
 
         Raises:
             ValueError: altered since the build, or not listed.
         """
-        problems = [p for file in self._listed(variant.path) for p in self._hash_problems(file)]
+        return self._checked(variant.path, f"{variant.backend}:{variant.name}")
+
+    def kernel_library(self) -> KernelLibrary:
+        """The compiled kernels, with every byte of them compared with its hash.
+
+        Raises:
+            BackendUnavailableError: the bundle has none.
+            ValueError: altered since the build, or a launch manifest of another format.
+        """
+        if any(file.role == "kernels" for file in self.manifest.files):
+            self._checked(KERNEL_FOLDER, "the kernels")
+        return KernelLibrary.open(self.path)
+
+    def _checked(self, relative: str, label: str) -> Path:
+        problems = [p for file in self._listed(relative) for p in self._hash_problems(file)]
         if problems:
             raise ValueError(
-                f"refusing to load {variant.backend}:{variant.name} of bundle {self.path}: "
-                f"{'; '.join(problems)}; copy or build it again"
+                f"refusing to load {label} of bundle {self.path}: {'; '.join(problems)}; copy or "
+                "build it again"
             )
-        return self.path / variant.path
+        return self.path / relative
 
     def altered_files(self) -> tuple[str, ...]:
         """Hash every file; one sentence for each that is not as the manifest says."""
@@ -302,16 +317,20 @@ def _not_a_bundle(path: Path) -> str:
 def _flags_for(backend: str, name: str | None) -> dict[str, str]:
     """The flags that ask a build for a model of `backend` alone.
 
-    An engine's name is its precision and, behind it, its targets: fp16-sm89-sm86.
+    An engine's name is its precision and, behind it, its targets and its plugins, if any:
+    fp16-sm89-sm86-doge.
     """
     if backend == "torch":
         return {"--backend": "none"}
     if backend == "onnxruntime":
         return {"--backend": "none", "--cpu": name or "fp32"}
     flags = {"--backend": backend}
-    precision, *targets = (name or "").split("-")
+    precision, *rest = (name or "").split("-")
+    targets = [word for word in rest if word.startswith("sm")]
     if precision:
         flags["--precision"] = precision
     if targets:
         flags["--target"] = ",".join(targets)
+    if plugins := [word for word in rest if not word.startswith("sm")]:
+        flags["--plugin"] = plugins[0]
     return flags

@@ -42,6 +42,25 @@ def load_tensorrt(product: Product) -> Any:
         ) from error
 
 
+def load_plugin_module(trt: Any) -> Any:
+    """Import a product's module of plugins that an engine can hold, `tensorrt.plugin`.
+
+    Raises:
+        BackendUnavailableError: the product has none.
+    """
+    name = trt.__name__
+    if not hasattr(trt, "QuickPluginCreationRequest"):
+        raise BackendUnavailableError(
+            f"{name} {trt.__version__} has no plugins that an engine can hold (ahead-of-time "
+            "plugins of tensorrt.plugin); build with standard TensorRT 10.10 or newer, or with "
+            "--plugin doge"
+        )
+    try:
+        return importlib.import_module(f"{name}.plugin")
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(f"{name}.plugin cannot be loaded: {error}") from error
+
+
 def _link_library_name() -> None:
     """Make the unversioned name by which the ONNX parser opens its own library.
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.stand_in_driver import StandInDriver, compile_driver
 from tests.tiny_doge import MOE, write_checkpoint
+
+# Kernels run in Triton's interpreter, which is chosen when their modules are imported.
+os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -42,3 +47,15 @@ def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts with random weights, routed as published; not to be changed."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny_moe"), seed=1, **MOE)
+
+
+@pytest.fixture(scope="session")
+def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a stand-in for the NVIDIA driver."""
+    return compile_driver(tmp_path_factory.mktemp("stand_in_driver"))
+
+
+@pytest.fixture
+def stand_in_driver(stand_in_library: Path, tmp_path: Path) -> StandInDriver:
+    """A stand-in for the NVIDIA driver that writes down what it is asked."""
+    return StandInDriver(library=stand_in_library, folder=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from export.bundle_writer import BundleWriter
@@ -65,10 +66,14 @@ def fake_manifest(config: DogeConfig = CONFIG, limits: Limits = LIMITS) -> Manif
     )
 
 
-def write_fake_bundle(folder: Path, manifest: Manifest | None = None) -> Path:
-    """Write a bundle that opens, with the files of `FILES`."""
+def write_fake_bundle(
+    folder: Path,
+    manifest: Manifest | None = None,
+    more: Mapping[str, tuple[FileRole, bytes]] | None = None,
+) -> Path:
+    """Write a bundle that opens, with the files of `FILES` and `more`."""
     files = []
-    for path, (role, content) in FILES.items():
+    for path, (role, content) in {**FILES, **(more or {})}.items():
         file = folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

@@ -26,7 +26,12 @@ PACKAGES = ("plugins", "model", "runtime", "export")
 TORCH_FREE = (
     "*/__init__.py",
     "plugins/custom_op.py",
+    "plugins/kernel_spec.py",
+    "plugins/launcher.py",
     "plugins/registry.py",
+    "plugins/tensorrt_plugin.py",
+    "plugins/*/launches.py",
+    "plugins/*/variants.py",
     "model/config.py",
     "model/contract.py",
     "model/generations/*.py",
@@ -44,7 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorrt_rtx": ("runtime/tensorrt_module.py",),
     "onnxscript": ("export/*",),
     "onnx_ir": ("plugins/onnx_function.py", "plugins/*/function.py", "export/*"),
-    "triton": ("plugins/*/kernel.py",),
+    "triton": ("plugins/*/kernel.py", "plugins/*/aot_kernel.py", "export/kernel_compiler.py"),
     "huggingface_hub": ("model/hub.py",),
     "httpx2": ("model/hub.py",),
     "transformers": ("model/transformers_reference.py",),
@@ -55,7 +60,9 @@ DYNAMIC_IMPORTS = (
     "runtime/tensorrt_module.py",
     "runtime/backends/__init__.py",
     "runtime/audit.py",
+    "runtime/gpu_checks/kernel_reference.py",
     "export/dogetrt.py",
+    "export/kernel_compiler.py",
 )
 
 # Import names of the distributions that pyproject.toml names.
@@ -85,6 +92,7 @@ IMPORT_NAMES: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "transformers": ("transformers",),
     "triton": ("triton",),
+    "ziglang": ("ziglang",),
 }
 
 # Put together from pieces, so that this file does not break its own rule.

@@ -14,6 +14,7 @@ import numpy as np
 from model.contract import DTYPE_BYTES
 from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Logits
 from runtime.device_memory import DeviceMemory, as_bytes_size, load_cuda
+from runtime.engine_plugins import prepare_plugins
 from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:
@@ -70,10 +71,12 @@ class _EngineBackend(Backend):
 
         Raises:
             BackendUnavailableError: no product, driver or GPU, or the engine does not load here.
+            LaunchError: the driver refuses a kernel of the engine's plugins.
         """
         trt = load_tensorrt(cls.product)
         cudart = load_cuda()
         blob = bundle.executable_file(variant).read_bytes()
+        prepare_plugins(trt, bundle, variant)
         return cls(trt, DeviceMemory(cudart), blob, bundle, variant)
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> TensorRTCache:

@@ -1,0 +1,431 @@
+"""How kernels of projections and of the head are compiled and launched. No Triton, no PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from plugins.kernel_spec import POINTER_ALIGNMENT, TRITON_TYPES, KernelSpec, Launch
+from plugins.projection.matrix import (
+    ENOUGH_HEAD_PROGRAMS,
+    ENOUGH_PROGRAMS,
+    MAX_HEAD_LOADS,
+    MAX_LOADS,
+    Tile,
+    ceil_div,
+    choose_tile,
+    column_problems,
+    format_label,
+    grid_rules,
+    kernel_format,
+    matrix_constants,
+    matrix_problems,
+    power_of_two,
+    scale_type,
+    weight_type,
+)
+from plugins.projection.packing import WeightFormat
+
+Activation = Literal["float32", "float16", "bfloat16"]
+Epilogue = Literal["plain", "silu", "silu_product", "residual", "scaled_residual"]
+TokenType = Literal["int32", "int64"]
+
+_MODULE = "plugins.projection.kernel"
+_TOKEN_TYPES = {"int32": "i32", "int64": "i64"}
+_KEYS_AT_ONCE = 4096  # of the last program of a head, 8 bytes each
+_EMBEDDING_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """One projection of a decode step, with what surrounds it.
+
+    Attributes:
+        rows: of the packed matrix.
+        columns: of the packed matrix, the size of x.
+        weights: how the matrix is stored.
+        activation: type of x, of what is added and of the output.
+        norm: normalise x by its root mean square and a weight first.
+        eps: of the norm.
+        epilogue: what becomes of the products, see `kernel.project`.
+        addend: add a tensor of the output's shape to the products.
+        batch: most sequences of a launch.
+    """
+
+    rows: int
+    columns: int
+    weights: WeightFormat
+    activation: Activation
+    norm: bool = False
+    eps: float = 1e-6
+    epilogue: Epilogue = "plain"
+    addend: bool = False
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        problems = matrix_problems(self.rows, self.columns, self.weights, self.batch)
+        if self.activation not in TRITON_TYPES:
+            problems.append(f"unknown activation {self.activation!r}")
+        if self.epilogue not in get_args(Epilogue):
+            problems.append(f"unknown epilogue {self.epilogue!r}")
+        if self.epilogue == "silu_product" and self.rows % 2:
+            problems.append(f"{self.rows} rows are no pairs of gate and up")
+        if self.addend and self.epilogue in ("silu", "silu_product"):
+            problems.append(f"nothing is added after {self.epilogue}")
+        if problems:
+            raise ValueError(f"no kernel covers this projection: {'; '.join(problems)}")
+
+    @property
+    def outputs(self) -> int:
+        """Size of an output row."""
+        return self.rows // 2 if self.epilogue == "silu_product" else self.rows
+
+    @cached_property
+    def tile(self) -> Tile:
+        """How the work is cut."""
+        return choose_tile(
+            self.rows, self.columns, self.weights, self.batch, ENOUGH_PROGRAMS, MAX_LOADS
+        )
+
+    @cached_property
+    def spec(self) -> KernelSpec:
+        """The variant of the kernel."""
+        type_ = TRITON_TYPES[self.activation]
+        parts = [
+            f"project_{self.rows}x{self.columns}",
+            format_label(self.weights),
+            type_,
+            *(["norm"] if self.norm else []),
+            self.epilogue,
+            *(["addend"] if self.addend else []),
+            self.tile.label,
+        ]
+        return KernelSpec(
+            name="_".join(parts),
+            function=f"{_MODULE}:project",
+            arguments={
+                "x": f"*{type_}",
+                "norm": f"*{type_}",
+                "weights": weight_type(self.weights),
+                "scales": scale_type(self.weights),
+                "addend": f"*{type_}",
+                "residual": f"*{type_}",
+                "residual_weight": f"*{type_}",
+                "output": f"*{type_}",
+                "batch": "i32",
+                "eps": "fp32",
+            },
+            constants={
+                **matrix_constants(self.rows, self.columns, self.weights, self.tile),
+                "NORM": self.norm,
+                "EPILOGUE": self.epilogue,
+                "ADDEND": self.addend,
+            },
+            grid=grid_rules(self.rows, self.tile),
+            num_warps=self.tile.warps,
+        )
+
+    def launch(
+        self,
+        *,
+        batch: int,
+        x: int,
+        weights: int,
+        output: int,
+        scales: int = 0,
+        norm: int = 0,
+        addend: int = 0,
+        residual: int = 0,
+        residual_weight: int = 0,
+    ) -> Launch:
+        """Run it once.
+
+        Args:
+            batch: B sequences.
+            x: address of [B, columns].
+            weights: address of the packed matrix.
+            output: address of [B, outputs]; may be `residual`, not `x`.
+            scales: address of the packed matrix's scales.
+            norm: address of the norm's weight, [columns] in the activation's type.
+            addend: address of [B, outputs].
+            residual: address of [B, outputs].
+            residual_weight: address of [outputs] in the activation's type.
+
+        Raises:
+            ValueError: a larger batch than the projection was made for, or an address that is
+                missing or that it has no use for.
+        """
+        needed = {
+            "x": (x, True),
+            "weights": (weights, True),
+            "output": (output, True),
+            "scales": (scales, self.weights.kind in ("int8", "int4")),
+            "norm": (norm, self.norm),
+            "addend": (addend, self.addend),
+            "residual": (residual, self.epilogue in ("residual", "scaled_residual")),
+            "residual_weight": (residual_weight, self.epilogue == "scaled_residual"),
+        }
+        return Launch(
+            kernel=self.spec.name,
+            sizes={"batch": _checked_batch(batch, self.batch)},
+            arguments={**_checked(self.spec.name, needed), "batch": batch, "eps": self.eps},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Final norm, the logits, and the token that greedy decoding takes next.
+
+    Attributes:
+        vocab_size: V, rows of the packed matrix.
+        columns: H, of the packed matrix.
+        weights: how the matrix is stored.
+        activation: type of x and of the next x.
+        eps: of the final norm.
+        logits: write them, as float32.
+        token: type of the tokens to write; None writes none.
+        embedding: how the embedding table [V, H] is stored, whose row of the token becomes the next
+            step's x; None writes none. A tied table is the head's own matrix.
+        batch: most sequences of a launch.
+    """
+
+    vocab_size: int
+    columns: int
+    weights: WeightFormat
+    activation: Activation
+    eps: float = 1e-6
+    logits: bool = False
+    token: TokenType | None = "int64"
+    embedding: WeightFormat | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        problems = matrix_problems(self.vocab_size, self.columns, self.weights, self.batch)
+        if self.activation not in TRITON_TYPES:
+            problems.append(f"unknown activation {self.activation!r}")
+        if not self.logits and self.token is None:
+            problems.append("neither logits nor a token is written")
+        if self.embedding is not None:
+            if self.token is None:
+                problems.append("an embedding row needs a token")
+            problems += column_problems(self.columns, self.embedding)
+        if problems:
+            raise ValueError(f"no kernel covers this head: {'; '.join(problems)}")
+
+    @cached_property
+    def tile(self) -> Tile:
+        """How the work is cut."""
+        return choose_tile(
+            self.vocab_size, self.columns, self.weights, self.batch, ENOUGH_HEAD_PROGRAMS,
+            MAX_HEAD_LOADS,
+        )  # fmt: skip
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory of a launch; what it holds is arbitrary."""
+        keys = self.batch * ceil_div(self.vocab_size, self.tile.rows)
+        return (
+            0 if self.token is None else ceil_div(8 * keys, POINTER_ALIGNMENT) * POINTER_ALIGNMENT
+        )
+
+    @property
+    def counters(self) -> int:
+        """How many int32 counters it needs: zero before the first launch, and after each."""
+        return 0 if self.token is None else 1
+
+    @cached_property
+    def spec(self) -> KernelSpec:
+        """The variant of the kernel."""
+        type_ = TRITON_TYPES[self.activation]
+        table = self.embedding or WeightFormat(kind="float32")
+        every = power_of_two(self.batch)
+        parts = [
+            f"head_{self.vocab_size}x{self.columns}",
+            format_label(self.weights),
+            type_,
+            *(["logits"] if self.logits else []),
+            *([self.token] if self.token else []),
+            *([f"embed_{format_label(table)}"] if self.embedding else []),
+            f"b{every}",
+            self.tile.label,
+        ]
+        blocks = ceil_div(self.vocab_size, self.tile.rows)
+        return KernelSpec(
+            name="_".join(parts),
+            function=f"{_MODULE}:head",
+            arguments={
+                "x": f"*{type_}",
+                "norm": f"*{type_}",
+                "weights": weight_type(self.weights),
+                "scales": scale_type(self.weights),
+                "embedding": weight_type(table),
+                "embedding_scales": scale_type(table),
+                "best_keys": "*i64",
+                "arrivals": "*i32",
+                "logits": "*fp32",
+                "tokens": f"*{_TOKEN_TYPES[self.token or 'int64']}",
+                "next_x": f"*{type_}",
+                "batch": "i32",
+                "eps": "fp32",
+            },
+            constants={
+                **matrix_constants(self.vocab_size, self.columns, self.weights, self.tile),
+                "LOGITS": self.logits,
+                "TOKENS": self.token is not None,
+                "EMBEDDING": kernel_format(self.embedding) if self.embedding else "none",
+                "EMBEDDING_GROUP": table.group,
+                "MAX_BATCH": every,
+                "BLOCK_KEYS": min(power_of_two(blocks), _KEYS_AT_ONCE // every),
+                "BLOCK_EMBEDDING": min(power_of_two(self.columns), _EMBEDDING_AT_ONCE // every),
+            },
+            grid=grid_rules(self.vocab_size, self.tile),
+            num_warps=self.tile.warps,
+        )
+
+    def launch(
+        self,
+        *,
+        batch: int,
+        x: int,
+        norm: int,
+        weights: int,
+        scales: int = 0,
+        logits: int = 0,
+        tokens: int = 0,
+        embedding: int = 0,
+        embedding_scales: int = 0,
+        next_x: int = 0,
+        workspace: int = 0,
+        counters: int = 0,
+    ) -> Launch:
+        """Run it once.
+
+        Args:
+            batch: B sequences.
+            x: address of [B, H].
+            norm: address of the final norm's weight, [H] in the activation's type.
+            weights: address of the packed matrix.
+            scales: address of its scales.
+            logits: address of [B, V] float32.
+            tokens: address of [B].
+            embedding: address of the packed embedding table.
+            embedding_scales: address of its scales.
+            next_x: address of [B, H]; not `x`.
+            workspace: address of `workspace_bytes` of scratch memory.
+            counters: address of the counter.
+
+        Raises:
+            ValueError: a larger batch than the head was made for, or an address that is missing or
+                that it has no use for.
+        """
+        table = self.embedding
+        needed = {
+            "x": (x, True),
+            "norm": (norm, True),
+            "weights": (weights, True),
+            "scales": (scales, self.weights.kind in ("int8", "int4")),
+            "embedding": (embedding, table is not None),
+            "embedding_scales": (
+                embedding_scales, table is not None and table.kind in ("int8", "int4")
+            ),
+            "best_keys": (workspace, self.token is not None),
+            "arrivals": (counters, self.token is not None),
+            "logits": (logits, self.logits),
+            "tokens": (tokens, self.token is not None),
+            "next_x": (next_x, table is not None),
+        }  # fmt: skip
+        return Launch(
+            kernel=self.spec.name,
+            sizes={"batch": _checked_batch(batch, self.batch)},
+            arguments={**_checked(self.spec.name, needed), "batch": batch, "eps": self.eps},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """The embedding rows of tokens that come from no head.
+
+    Attributes:
+        columns: H, of the packed table.
+        weights: how the table is stored.
+        activation: type of the output.
+        token: type of the tokens.
+    """
+
+    columns: int
+    weights: WeightFormat
+    activation: Activation
+    token: TokenType = "int64"
+
+    def __post_init__(self) -> None:
+        problems = column_problems(self.columns, self.weights)
+        if self.activation not in TRITON_TYPES:
+            problems.append(f"unknown activation {self.activation!r}")
+        if problems:
+            raise ValueError(f"no kernel covers this embedding: {'; '.join(problems)}")
+
+    @cached_property
+    def spec(self) -> KernelSpec:
+        """The variant of the kernel."""
+        type_ = TRITON_TYPES[self.activation]
+        return KernelSpec(
+            name=f"embed_{self.columns}_{format_label(self.weights)}_{type_}_{self.token}",
+            function=f"{_MODULE}:embed",
+            arguments={
+                "tokens": f"*{_TOKEN_TYPES[self.token]}",
+                "table": weight_type(self.weights),
+                "scales": scale_type(self.weights),
+                "output": f"*{type_}",
+            },
+            constants={
+                "COLUMNS": self.columns,
+                "FORMAT": kernel_format(self.weights),
+                "GROUP": self.weights.group,
+                "BLOCK_COLUMNS": power_of_two(self.columns),
+            },
+            grid=("batch", "1", "1"),
+        )
+
+    def launch(
+        self, *, batch: int, tokens: int, table: int, output: int, scales: int = 0
+    ) -> Launch:
+        """Run it once.
+
+        Args:
+            batch: B sequences.
+            tokens: address of [B], each a row of the table.
+            table: address of the packed table.
+            output: address of [B, H].
+            scales: address of the table's scales.
+
+        Raises:
+            ValueError: an address that is missing or that it has no use for.
+        """
+        needed = {
+            "tokens": (tokens, True),
+            "table": (table, True),
+            "scales": (scales, self.weights.kind in ("int8", "int4")),
+            "output": (output, True),
+        }
+        return Launch(
+            kernel=self.spec.name,
+            sizes={"batch": batch},
+            arguments=_checked(self.spec.name, needed),
+        )
+
+
+def _checked_batch(batch: int, largest: int) -> int:
+    if not 1 <= batch <= largest:
+        raise ValueError(f"a batch of {batch}, expected 1 to {largest}, which it was made for")
+    return batch
+
+
+def _checked(kernel: str, addresses: dict[str, tuple[int, bool]]) -> dict[str, int]:
+    """The addresses, each given if and only if it is needed."""
+    if wrong := [name for name, (address, need) in addresses.items() if bool(address) != need]:
+        raise ValueError(
+            f"{kernel}: "
+            + ", ".join(f"{name} {'missing' if addresses[name][1] else 'unused'}" for name in wrong)
+        )
+    return {name: address for name, (address, _) in addresses.items()}

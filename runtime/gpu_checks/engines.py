@@ -1,0 +1,197 @@
+"""Section: the engines of the bundles, against the reference on the CPU and against each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import Bundle
+from runtime.gpu_checks.machine_paths import without_machine_paths
+from runtime.gpu_checks.section import CheckedBundle, Report, Subject, Verdict, combined
+from runtime.manifest import Variant
+
+_ENGINE_BACKENDS = ("tensorrt_rtx", "tensorrt")
+_WORKER = "runtime.gpu_checks.engine_comparison"
+# What a process said is kept from its end, where the reason stands.
+_SAID_CHARACTERS = 4000
+_NO_REFERENCE = (
+    "nothing to compare with: the bundle has neither a checkpoint that PyTorch could run nor a "
+    "model for ONNX Runtime"
+)
+_HOW = (
+    "Each comparison runs in a process of its own, so that one that dies does not end the others. "
+    "Both sides get the same prompts and then the reference's greedy tokens; logits must agree "
+    "within the tolerances of runtime/comparison.py for the coarser precision. `step_ms`: one "
+    "token of one sequence through the backend, its copies and Python included, by the host's "
+    "clock. `said`: what the process printed and the error that ended it, the machine's folders "
+    "replaced. An engine that cannot be opened is skipped; one that opens and then fails has "
+    "failed."
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two models of one bundle.
+
+    Attributes:
+        bundle: what they are of.
+        reference: the one that is right.
+        candidate: the engine.
+    """
+
+    bundle: CheckedBundle
+    reference: Variant
+    candidate: Variant
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.bundle.name}, {_name(self.candidate)} against {_name(self.reference)}"
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready: what is compared."""
+        return {
+            "bundle": self.bundle.name,
+            "reference": _name(self.reference),
+            "candidate": _name(self.candidate),
+            "plugin": self.candidate.details.get("plugin", "none"),
+            "targets": list(self.candidate.details.get("targets", [])),
+        }
+
+
+class EnginesSection:
+    """Every engine against the reference; those with plugins against those without.
+
+    Attributes:
+        name: `engines`.
+    """
+
+    name = "engines"
+
+    def __init__(self, backends: Sequence[str] = _ENGINE_BACKENDS) -> None:
+        """Look at the variants of these backends."""
+        self._backends = backends
+
+    def plan(self, bundles: Sequence[CheckedBundle]) -> list[str]:
+        """A line for each comparison."""
+        found = [f"compare {comparison.label}" for comparison in self._comparisons(bundles)]
+        return found or ["compare no engine: no bundle has one that could be"]
+
+    def run(self, subject: Subject, earlier: Mapping[str, Report]) -> Report:
+        """Compare, one after the other."""
+        del earlier
+        cases, left_out = [], []
+        for comparison in self._comparisons(subject.bundles):
+            if subject.deadline.passed:
+                left_out.append(f"{comparison.label}: the time was up")
+                continue
+            logger.info("comparing %s", comparison.label)
+            found = _compare(comparison, subject.seed, subject.deadline.remaining_s)
+            if found is None:
+                left_out.append(f"{comparison.label}: the time was up before it ended")
+            else:
+                cases.append({**comparison.describe(), **found})
+        without = [
+            f"{bundle.name}: {_NO_REFERENCE}"
+            for bundle in subject.bundles
+            if self._engines(bundle.bundle) and _reference(bundle.bundle) is None
+        ]
+        return {
+            "verdict": combined(case["verdict"] for case in cases),
+            "how": _HOW,
+            "cases": cases,
+            "left_out": left_out + without,
+        }
+
+    def _comparisons(self, bundles: Sequence[CheckedBundle]) -> Iterator[Comparison]:
+        for bundle in bundles:
+            engines = self._engines(bundle.bundle)
+            reference = _reference(bundle.bundle)
+            if reference is not None:
+                for engine in engines:
+                    yield Comparison(bundle=bundle, reference=reference, candidate=engine)
+            for one, other in combinations(sorted(engines, key=_plugin), 2):
+                if _differ_by_plugin(one, other):
+                    yield Comparison(bundle=bundle, reference=one, candidate=other)
+
+    def _engines(self, bundle: Bundle) -> list[Variant]:
+        return [v for backend in self._backends for v in bundle.variants(backend)]
+
+
+def _reference(bundle: Bundle) -> Variant | None:
+    """What runs on the CPU: the network itself where it can, else its export."""
+    for backend, package in (("torch", "torch"), ("onnxruntime", "onnxruntime")):
+        if (found := bundle.variants(backend)) and importlib.util.find_spec(package) is not None:
+            return found[0]
+    return None
+
+
+def _name(variant: Variant) -> str:
+    return f"{variant.backend}:{variant.name}"
+
+
+def _plugin(variant: Variant) -> bool:
+    """Whether plugins of ours run in it; an engine without sorts first."""
+    return bool(variant.details.get("plugin", "none") != "none")
+
+
+def _differ_by_plugin(one: Variant, other: Variant) -> bool:
+    same = (one.backend, one.precision) == (other.backend, other.precision)
+    return same and not _plugin(one) and _plugin(other)
+
+
+def _compare(comparison: Comparison, seed: int, seconds: float) -> dict[str, Any] | None:
+    """What a process of its own finds; None where it took longer than `seconds`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [
+            sys.executable, "-m", _WORKER, str(comparison.bundle.bundle.path),
+            _name(comparison.reference), _name(comparison.candidate),
+            "--seed", str(seed), "--output", str(result),
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, timeout=seconds, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+        found = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    printed = done.stdout.decode("utf-8", errors="replace").strip()
+    ended = _ended(done.returncode)
+    error = found.get("error")
+    said = "\n".join(text for text in (printed, error, ended) if text)
+    said = without_machine_paths(said)[-_SAID_CHARACTERS:]
+    return {
+        "verdict": _verdict(found, ended),
+        "said": said or None,
+        "opened": found.get("opened"),
+        "report": found.get("report"),
+        "load_s": found.get("load_s"),
+        "step_ms": found.get("step_ms"),
+    }
+
+
+def _verdict(found: Mapping[str, Any], ended: str | None) -> Verdict:
+    """A process that died has failed, whatever it wrote before."""
+    verdict: Verdict = "fail" if ended else found["verdict"]
+    return verdict
+
+
+def _ended(status: int) -> str | None:
+    """How a process ended, None where it ended well."""
+    if status < 0:
+        return f"the process was ended by {signal.Signals(-status).name}"
+    return f"the process ended with status {status}" if status else None

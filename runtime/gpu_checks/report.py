@@ -1,0 +1,132 @@
+"""The summary of an evidence file for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from runtime.gpu_checks.evidence import Evidence
+
+_PIPED_WIDTH = 160
+_STYLES = {"pass": "green", "fail": "bold red", "skipped": "dim"}
+
+
+def print_evidence(evidence: Evidence) -> None:
+    """Print a table for each section that has something to show, and what is wrong or left out."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    for name, report in evidence.sections.items():
+        _PRINTERS.get(name, _print_section)(console, name, report)
+        for problem in _problems(report):
+            console.print(f"{name}: {problem}", markup=False, highlight=False)
+        for line in report.get("left_out", []):
+            console.print(f"{name}, left out: {line}", markup=False, highlight=False)
+    verdicts = ", ".join(f"{name} {r['verdict']}" for name, r in evidence.sections.items())
+    console.print(
+        f"{evidence.verdict}: {verdicts}; {evidence.gpu}, {evidence.seconds:.0f} s",
+        markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _print_section(console: Console, name: str, report: Mapping[str, Any]) -> None:
+    """What is known of any section."""
+    console.print(f"{name}: {report['verdict']}", markup=False, highlight=False)
+
+
+def _print_bandwidth(console: Console, name: str, report: Mapping[str, Any]) -> None:
+    if "gb_per_s" in report:
+        line = (
+            f"{name}: copies {_number(report['gb_per_s'], '.0f')} GB/s, fills "
+            f"{_number(report['fill_gb_per_s'], '.0f')} GB/s, a graph's node "
+            f"{_number(report['node_us'], '.2f')} µs"
+        )
+        console.print(line, markup=False, highlight=False)
+
+
+def _print_kernels(console: Console, name: str, report: Mapping[str, Any]) -> None:
+    if not report.get("cases"):
+        return
+    table = Table(title=name, title_justify="left", box=box.SIMPLE)
+    for column in ("bundle", "op", "type", "case"):
+        table.add_column(column, overflow="fold")
+    for column in ("error", "limit", "warm\nµs", "cold\nµs", "cold\nGB/s", "of band-\nwidth"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for case in report["cases"]:
+        timing = case["timing"] or {}
+        warm, cold = (timing.get(kind) or {} for kind in ("warm", "cold"))
+        table.add_row(
+            _plain(case["bundle"]),
+            case["op"],
+            case["dtype"],
+            _plain(case["case"]),
+            _number(case.get("norm_error"), ".1e"),
+            _number(case.get("norm_limit"), ".1e"),
+            _number(warm.get("median_us"), ".1f"),
+            _number(cold.get("median_us"), ".1f"),
+            _number(cold.get("gb_per_s"), ".0f"),
+            _number(cold.get("of_bandwidth"), ".0%"),
+            _styled(case["verdict"]),
+        )
+    console.print(table)
+
+
+def _print_engines(console: Console, name: str, report: Mapping[str, Any]) -> None:
+    if not report.get("cases"):
+        _print_section(console, name, report)
+        return
+    table = Table(title=name, title_justify="left", box=box.SIMPLE)
+    for column in ("bundle", "engine", "against"):
+        table.add_column(column, overflow="fold")
+    for column in ("largest\ndifference", "token\nms"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("said", overflow="fold")
+    for case in report["cases"]:
+        logits = (case["report"] or {}).get("logits", {})
+        table.add_row(
+            _plain(case["bundle"]),
+            _plain(case["candidate"]),
+            _plain(case["reference"]),
+            _number(logits.get("max_abs"), ".3g"),
+            _number((case["step_ms"] or {}).get("median"), ".3f"),
+            _styled(case["verdict"]),
+            _plain((case["said"] or "").splitlines()[-1] if case["said"] else ""),
+        )
+    console.print(table)
+
+
+_PRINTERS: dict[str, Callable[[Console, str, Mapping[str, Any]], None]] = {
+    "environment": lambda console, name, report: None,
+    "bandwidth": _print_bandwidth,
+    "kernels": _print_kernels,
+    "engines": _print_engines,
+}
+
+
+def _problems(report: Mapping[str, Any]) -> list[str]:
+    """What a section and its cases say is wrong."""
+    found = [report["error"]] if "error" in report else []
+    for case in report.get("cases", []):
+        about = ", ".join(
+            str(case[key]) for key in ("bundle", "op", "dtype", "case") if key in case
+        )
+        found += [f"{about}: {problem}" for problem in case.get("problems", [])]
+    return found
+
+
+def _styled(verdict: str) -> str:
+    return f"[{_STYLES[verdict]}]{verdict}[/{_STYLES[verdict]}]"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
