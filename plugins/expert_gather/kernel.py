@@ -154,7 +154,7 @@ def gather_experts(
         is_pick = pick < PICKS
         expert = tl.load(experts + token * PICKS + pick, mask=is_pick, other=0)
         weight = tl.load(weights + token * PICKS + pick, mask=is_pick, other=0.0)
-        # E·H passes 2^31 in the largest models.
+        # 64 bits: E·H is bounded by memory only.
         element = expert.to(tl.int64)[:, None] * HIDDEN + h[None, :]
         is_element = is_pick[:, None] & in_row[None, :]
         down_e = tl.load(down + element, mask=is_element, other=0.0)

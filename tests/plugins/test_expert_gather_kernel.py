@@ -195,6 +195,16 @@ def test_many_tokens_are_not_split(T: int) -> None:
     assert split == (T <= MAX_SPLIT_TOKENS)
 
 
+def test_scores_tokens_and_rows_of_different_types() -> None:
+    case = ExpertCase(label="", n=5, K=7, P=2)
+    hidden, scores_x, scores_y, down, up = exact(case, torch.float32)
+    inputs = (hidden.half(), scores_x, scores_y, down.bfloat16(), up.bfloat16())
+    ran = run(case, inputs)
+    assert_close_to_float64(
+        EXPERT_GATHER, ran.outputs["expert_output"], define_in_float64(case, inputs)
+    )
+
+
 def test_experts_beyond_the_grid_are_never_read() -> None:
     case = ExpertCase(label="", n=3, K=9, unreachable=5)
     hidden, scores_x, scores_y, down, up = case.inputs()

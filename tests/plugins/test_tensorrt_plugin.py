@@ -41,7 +41,7 @@ def descriptor(tensor):
 
 def dynamic(tensor):
     desc = descriptor(tensor)
-    return SimpleNamespace(desc=desc, min=desc.dims, opt=desc.dims, max=desc.dims)
+    return SimpleNamespace(desc=desc, min=(1,) * tensor.dim(), opt=desc.dims, max=desc.dims)
 
 
 def aligned(tensor):
@@ -153,6 +153,24 @@ def test_experts_on_host_memory(case):
 def test_values_on_host_memory(case):
     attributes = {"top_k": case.K, "subset_sums": int(case.subset_sums)}
     close(VALUE_GATHER, *run_plugin(VALUE_GATHER, attributes, case.inputs()))
+
+
+def test_scratch_and_counters_are_those_of_the_largest_shapes():
+    case = AttentionCase(label="many slots", S=1, C=2048, W=64, write_index=(3, 4))
+    inputs = case.inputs(torch.float16)
+    output = torch.empty(2, 1, case.Nq * case.D, dtype=torch.float16)
+    plugin = make_plugin_class(trt, DYNAMIC_MASK_ATTENTION, PluginHost())(
+        {"scale": 1.0, "keep_window_size": case.W}
+    )
+    tensors = [dynamic(tensor) for tensor in inputs], [dynamic(output)]
+    plugin.configure_plugin(*tensors)
+    kernels = plugin._make_kernels([tensor.desc for part in tensors for tensor in part])
+    largest = plugin._named([(*tensor.shape,) for tensor in (*inputs, output)])
+    assert plugin.counter_count == kernels.counters(largest) == 2 * case.Nkv
+    assert plugin.get_workspace_size(*tensors) == kernels.workspace_bytes(largest) > 0
+    smaller = [dynamic(tensor[:1]) for tensor in inputs], [dynamic(output[:1])]
+    plugin.configure_plugin(*smaller)  # another profile
+    assert plugin.counter_count == 2 * case.Nkv
 
 
 EXPERTS = {"top_k": 3, "weight_inside": 1, "normalize": 0}
