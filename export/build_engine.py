@@ -64,7 +64,8 @@ def make_parser() -> CommandParser:
         "--plugin",
         choices=PLUGINS,
         default="none",
-        help="who runs the custom ops in the engine: TensorRT's own layers, or our kernels (doge)",
+        help="who runs the custom ops in the engine: TensorRT's own layers (none), our kernels "
+        "(doge), or our kernels inside the engine (doge-aot, standard TensorRT only)",
     )
     parser.add_argument(
         "--cpu",

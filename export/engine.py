@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import onnx_ir as ir
 
+from export.aot_build import register_aot
 from export.builder_callbacks import (
     BuildLog,
     ProgressSink,
@@ -22,11 +23,11 @@ from model.contract import StepContract
 from plugins.custom_op import DOMAIN
 from plugins.tensorrt_plugin import deregister_plugins, register_plugins
 from runtime.backends.base import Limits
-from runtime.tensorrt_module import PRODUCTS, Product, load_tensorrt
+from runtime.tensorrt_module import PRODUCTS, Product, load_plugin_module, load_tensorrt
 
 Precision = Literal["fp16", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-PluginChoice = Literal["none", "doge"]
+PluginChoice = Literal["none", "doge", "doge-aot"]
 PLUGINS: tuple[PluginChoice, ...] = get_args(PluginChoice)
 DTYPES: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -57,6 +58,13 @@ class EngineConfig:
             )
         if self.plugin not in PLUGINS:
             problems.append(f"plugin must be one of {', '.join(PLUGINS)}, got {self.plugin!r}")
+        if self.plugin == "doge-aot" and self.backend != "tensorrt":
+            problems.append(
+                f"plugin doge-aot needs backend tensorrt, got {self.backend!r}: TensorRT-RTX has "
+                "no plugins whose kernels an engine holds; use plugin doge there"
+            )
+        if self.plugin == "doge-aot" and len(self.targets) != 1:
+            problems.append("plugin doge-aot is built for the GPU present; name one target")
         if not self.targets:
             problems.append("targets must name at least one GPU architecture, e.g. sm89")
         problems += [
@@ -144,6 +152,8 @@ def check_builder(config: EngineConfig) -> None:
         EngineBuildError: a target that the product does not build for.
     """
     trt = load_tensorrt(config.backend)
+    if config.plugin == "doge-aot":
+        load_plugin_module(trt)
     if hasattr(trt, "ComputeCapability"):
         _compute_capabilities(trt, config.targets)
 
@@ -174,12 +184,29 @@ def build_engine(
     if config.plugin == "none":
         deregister_plugins(trt)
         return _build(trt, onnx_path, config, contract, sink)
+    if config.plugin == "doge-aot":
+        deregister_plugins(trt)
+        return _build_with_kernels_inside(trt, onnx_path, config, contract, sink)
     host = register_plugins(trt)
     host.known, host.used = kernels, set()
     try:
         built = _build(trt, onnx_path, config, contract, sink)
     finally:
         host.known = None
+    return replace(built, report=replace(built.report, kernels=tuple(sorted(host.used))))
+
+
+def _build_with_kernels_inside(
+    trt: Any, onnx_path: Path, config: EngineConfig, contract: StepContract, sink: ProgressSink
+) -> BuiltEngine:
+    """Build with ahead-of-time plugins, which swallow the reason when one of them fails."""
+    host = register_aot(trt, onnx_path, config.targets).host
+    try:
+        built = _build(trt, onnx_path, config, contract, sink)
+    except EngineBuildError as error:
+        if host.problems:
+            raise EngineBuildError(f"{error}; {'; '.join(host.problems)}") from error
+        raise
     return replace(built, report=replace(built.report, kernels=tuple(sorted(host.used))))
 
 

@@ -289,7 +289,9 @@ class _Build:
         contract = self.contract(dtype)
         with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
             with self._progress.stage(f"lower to {config.precision}"):
-                lowered = lower_for_tensorrt(canonical, Path(scratch), dtype)
+                lowered = lower_for_tensorrt(
+                    canonical, Path(scratch), dtype, aot_plugins=config.plugin == "doge-aot"
+                )
             kernels = self._kernels(config, dtype)
             with self._progress.stage("build engine"):
                 built = build_engine(lowered, config, contract, self._progress, kernels=kernels)
@@ -317,7 +319,7 @@ class _Build:
 
     def _kernels(self, config: EngineConfig, dtype: str) -> frozenset[str]:
         """Compile what the engine's plugins launch into the bundle; their names."""
-        if config.plugin == "none":
+        if config.plugin != "doge":
             return frozenset()
         uses = op_uses(self._writer.folder / MODEL_NAME, dtype)
         with self._progress.stage(f"compile kernels for {', '.join(config.targets)}"):

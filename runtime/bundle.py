@@ -332,5 +332,5 @@ def _flags_for(backend: str, name: str | None) -> dict[str, str]:
     if targets:
         flags["--target"] = ",".join(targets)
     if plugins := [word for word in rest if not word.startswith("sm")]:
-        flags["--plugin"] = plugins[0]
+        flags["--plugin"] = "-".join(plugins)
     return flags

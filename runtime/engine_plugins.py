@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
-    """Load the bundle's kernels and register the plugins, if the engine has any.
+    """Load the bundle's kernels and register the plugins, if the engine needs any.
 
     Args:
         trt: the TensorRT module that will load the engine.
@@ -25,7 +25,7 @@ def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
         ValueError: a kernel that the engine needs is missing, altered, or of another version of the
             project.
     """
-    if variant.details.get("plugin", "none") == "none":
+    if variant.details.get("plugin", "none") != "doge":
         return
     library = bundle.kernel_library()
     needed = set(variant.details.get("kernels", []))

@@ -51,9 +51,9 @@ def load_plugin_module(trt: Any) -> Any:
     name = trt.__name__
     if not hasattr(trt, "QuickPluginCreationRequest"):
         raise BackendUnavailableError(
-            f"{name} {trt.__version__} has no plugins that an engine can hold (ahead-of-time "
-            "plugins of tensorrt.plugin); build with standard TensorRT 10.10 or newer, or with "
-            "--plugin doge"
+            f"{name} {trt.__version__} has no plugins whose kernels an engine holds: these are the "
+            "ahead-of-time plugins of tensorrt.plugin, in standard TensorRT. Build with --backend "
+            "tensorrt, or with --plugin doge"
         )
     try:
         return importlib.import_module(f"{name}.plugin")

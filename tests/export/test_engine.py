@@ -36,6 +36,22 @@ def test_all_problems_of_a_config_are_named_at_once():
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"plugin": "other"}, "plugin must be one of none, doge, doge-aot"),
+        ({"plugin": "doge-aot"}, "TensorRT-RTX has no plugins whose kernels an engine holds"),
+        (
+            {"plugin": "doge-aot", "backend": "tensorrt", "targets": ("sm89", "sm90")},
+            "name one target",
+        ),
+    ],
+)
+def test_plugins_that_a_product_cannot_have_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(max_input_len=8, max_seq_len=8, **values)
+
+
 def test_unknown_target_is_refused_before_any_work():
     config = EngineConfig(targets=("sm90",), max_input_len=8, max_seq_len=8)
     with pytest.raises(EngineBuildError, match="does not build for sm90; it builds for"):

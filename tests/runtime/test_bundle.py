@@ -245,6 +245,8 @@ def test_a_precision_chooses_the_first_variant_that_has_it_after_one_of_that_nam
         ("tensorrt", None, "--backend tensorrt --output"),
         ("tensorrt_rtx", "bf16", "--backend tensorrt_rtx --precision bf16 --output"),
         ("tensorrt_rtx", "bf16-sm86-sm89", "--precision bf16 --target sm86,sm89 --output"),
+        ("tensorrt_rtx", "bf16-sm89-doge", "--target sm89 --plugin doge --output"),
+        ("tensorrt", "fp16-sm90-doge-aot", "--target sm90 --plugin doge-aot --output"),
         ("torch", "bf16", "without --no-checkpoint"),
     ],
 )
