@@ -71,7 +71,7 @@ def _route_kernels(
         )
     return (
         KernelSpec(
-            name=base.name.replace("expert_gather_route", "route_experts_aot"),
+            name=base.name.replace("route_experts", "route_experts_aot"),
             function=f"{_MODULE}:route_experts_aot",
             arguments={
                 "scores_x": base.arguments["scores_x"],
@@ -121,7 +121,7 @@ def _gather_kernels(
     )["gather_experts"]
     return (
         KernelSpec(
-            name=base.name.replace("expert_gather_sum", "gather_experts_aot"),
+            name=base.name.replace("gather_experts", "gather_experts_aot"),
             function=f"{_MODULE}:gather_experts_aot",
             arguments={
                 "hidden": base.arguments["hidden"],

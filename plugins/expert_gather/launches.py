@@ -205,8 +205,8 @@ class ExpertGatherKernels:
     def _route(self) -> KernelSpec:
         keys_block, pairs_block = _power_of_two(self.num_keys), _power_of_two(self.pairs)
         return KernelSpec(
-            name=f"expert_gather_route_p{self.heads}_n{self.num_keys}_k{self.top_k}"
-            f"{'_normalize' if self.normalize else ''}_{self.score_type}",
+            name=f"route_experts-{self.score_type}-p{self.heads}-n{self.num_keys}-k{self.top_k}"
+            f"{'-normalize' if self.normalize else ''}",
             function=f"{_MODULE}:route_experts",
             arguments={
                 "scores_x": f"*{self.score_type}",
@@ -233,11 +233,10 @@ class ExpertGatherKernels:
         )
 
     def _gather(self, splits: int) -> KernelSpec:
-        inside = "_inside" if self.weight_inside else ""
+        inside = "-inside" if self.weight_inside else ""
         types = "_".join(dict.fromkeys((self.hidden_type, self.row_type)))
         return KernelSpec(
-            name=f"expert_gather_sum_h{self.hidden}_picks{self.picks}_splits{splits}"
-            f"{inside}_{types}",
+            name=f"gather_experts-{types}-h{self.hidden}-picks{self.picks}-splits{splits}{inside}",
             function=f"{_MODULE}:gather_experts",
             arguments={
                 "hidden": f"*{self.hidden_type}",

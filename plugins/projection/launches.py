@@ -93,16 +93,15 @@ class Projection:
         """The variant of the kernel."""
         type_ = TRITON_TYPES[self.activation]
         parts = [
-            f"project_{self.rows}x{self.columns}",
-            format_label(self.weights),
-            type_,
+            f"project-{type_}-{format_label(self.weights)}",
+            f"{self.rows}x{self.columns}",
             *(["norm"] if self.norm else []),
             self.epilogue,
             *(["addend"] if self.addend else []),
             self.tile.label,
         ]
         return KernelSpec(
-            name="_".join(parts),
+            name="-".join(parts),
             function=f"{_MODULE}:project",
             arguments={
                 "x": f"*{type_}",
@@ -241,9 +240,8 @@ class Head:
         table = self.embedding or WeightFormat(kind="float32")
         every = power_of_two(self.batch)
         parts = [
-            f"head_{self.vocab_size}x{self.columns}",
-            format_label(self.weights),
-            type_,
+            f"head-{type_}-{format_label(self.weights)}",
+            f"{self.vocab_size}x{self.columns}",
             *(["logits"] if self.logits else []),
             *([self.token] if self.token else []),
             *([f"embed_{format_label(table)}"] if self.embedding else []),
@@ -252,7 +250,7 @@ class Head:
         ]
         blocks = ceil_div(self.vocab_size, self.tile.rows)
         return KernelSpec(
-            name="_".join(parts),
+            name="-".join(parts),
             function=f"{_MODULE}:head",
             arguments={
                 "x": f"*{type_}",
@@ -370,7 +368,7 @@ class Embedding:
         """The variant of the kernel."""
         type_ = TRITON_TYPES[self.activation]
         return KernelSpec(
-            name=f"embed_{self.columns}_{format_label(self.weights)}_{type_}_{self.token}",
+            name=f"embed-{type_}-{format_label(self.weights)}-{self.columns}-{self.token}",
             function=f"{_MODULE}:embed",
             arguments={
                 "tokens": f"*{_TOKEN_TYPES[self.token]}",

@@ -19,7 +19,7 @@ def _value_kernels(
     ).specs
     return (
         KernelSpec(
-            name=base.name.replace("value_gather", "gather_values_aot"),
+            name=base.name.replace("gather_values", "gather_values_aot"),
             function="plugins.value_gather.aot_kernel:gather_values_aot",
             arguments={
                 "scores": base.arguments["scores"],

@@ -95,8 +95,8 @@ class ValueGatherKernels:
         types = "_".join(dict.fromkeys((self.score_type, self.row_type)))
         return (
             KernelSpec(
-                name=f"value_gather_h{self.hidden}_r{self.heads}_n{self.num_rows}_k{self.top_k}"
-                f"{'_sums' if self.subset_sums else ''}_{types}",
+                name=f"gather_values-{types}-h{self.hidden}-r{self.heads}-n{self.num_rows}"
+                f"-k{self.top_k}{'-sums' if self.subset_sums else ''}",
                 function="plugins.value_gather.kernel:gather_values",
                 arguments={
                     "scores": f"*{self.score_type}",

@@ -60,10 +60,10 @@ def test_names_say_what_they_are() -> None:
     spec = Projection(
         rows=2052, columns=1024, weights=INT4, activation="float16", norm=True, batch=8
     ).spec
-    assert spec.name == "project_2052x1024_int4g64_fp16_norm_plain_t2x8x1024"
+    assert spec.name == "project-fp16-int4g64-2052x1024-norm-plain-t2x8x1024"
     head = Head(vocab_size=32768, columns=256, weights=INT8, activation="bfloat16", embedding=INT8)
-    assert head.spec.name == "head_32768x256_int8_bf16_int64_embed_int8_b1_t1x32x256"
-    assert all(re.fullmatch(r"[a-z0-9_]+", spec.name) for spec in every_spec())
+    assert head.spec.name == "head-bf16-int8-32768x256-int64-embed_int8-b1-t1x32x256"
+    assert all(re.fullmatch(r"[a-z0-9_-]+", spec.name) for spec in every_spec())
 
 
 def test_grid_covers_every_row_and_sequence() -> None:
