@@ -11,6 +11,8 @@ Logits, softmax and sums are float32.
 
 A key's address is a 64-bit offset of its head plus a 32-bit one within the head (launches.py holds
 C·D to that).
+
+The file is long because what can run in one launch stands in one kernel.
 """
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls
 

@@ -164,7 +164,7 @@ def prompt_variant(heads: HeadShape, *, dtype: str, score_dtype: str, select: bo
     # Query heads with keys and scores in common share a tile.
     together = heads.group if heads.shares_scores else 1
     block_d = max(_power_of_two(heads.size), 16)  # the least that tl.dot takes
-    block_m, block_n, num_warps = _prompt_tile(block_d, dtype)
+    block_m, block_n, num_warps = _prompt_tile(heads.size, block_d, dtype)
     return KernelSpec(
         name=f"attend_prompt-{heads.name(dtype, score_dtype)}{'-select' if select else ''}",
         function=f"{_MODULE}:attend_prompt",
@@ -195,14 +195,14 @@ def prompt_variant(heads: HeadShape, *, dtype: str, score_dtype: str, select: bo
     )
 
 
-def _prompt_tile(block_d: int, dtype: str) -> tuple[int, int, int]:
+def _prompt_tile(size: int, block_d: int, dtype: str) -> tuple[int, int, int]:
     """(Token, head) pairs and keys of a tile, and its warps."""
     if dtype == "fp32":
         return (32, 16, 8) if block_d > 128 else (32, 32, 4)
     if block_d > 64:
         return (64, 32, 8) if block_d > 128 else (64, 32, 4)
-    # A row of fewer than 16 bytes is read in pieces, with a register for each piece's address.
-    return (64, 64, 4) if block_d > 16 else (64, 32, 4)
+    # Rows that are no multiple of 16 bytes are read in pieces, each with registers for its address.
+    return (64, 64, 4) if size % 8 == 0 else (64, 32, 4)
 
 
 def _power_of_two(number: int) -> int:
