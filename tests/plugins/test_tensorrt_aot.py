@@ -146,9 +146,9 @@ def test_types_are_those_of_the_network_and_layouts_linear(trt, host, plugin):
 
 def test_kernel_that_was_not_compiled_is_named(trt, host):
     host.codes = {}
-    with pytest.raises(PluginError, match="no kernel gather_values_aot_h600"):
+    with pytest.raises(PluginError, match="no kernel gather_values_aot-fp32-h600"):
         BuiltLayer(trt, GATHER_VALUES, *LAYERS["GatherValues"])
-    assert host.problems[0].startswith("GatherValues: no kernel gather_values_aot_h600")
+    assert host.problems[0].startswith("GatherValues: no kernel gather_values_aot-fp32-h600")
 
 
 def test_type_that_no_kernel_takes_is_named(trt, host):
