@@ -12,7 +12,7 @@ exp(logit - largest). A share without keys has the mass 0.
 import triton
 import triton.language as tl
 
-from plugins.dynamic_mask_attention.kernel import attend_prompt
+from plugins.dynamic_mask_attention.kernel import attend_keys, attend_prompt
 
 # Below every logit but -inf, and finite: differences of two of them are numbers.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -47,7 +47,6 @@ def attend_shares_aot(
     float32. Programs: B·S, Nkv, splits.
     """
     GROUP: tl.constexpr = NQ // NKV
-    SHARED: tl.constexpr = NKV % N == 0
     row = tl.program_id(0)
     g = tl.program_id(1)
     split = tl.program_id(2)
@@ -59,50 +58,19 @@ def attend_shares_aot(
     end = tl.minimum(begin + share, visible)
 
     d = tl.arange(0, BLOCK_D)
-    lane = tl.arange(0, BLOCK_N)
     head_start = (b * NKV + g).to(tl.int64) * slots * D
     scores = score
     if not ONE_SCORE_ROW:
         scores += b.to(tl.int64) * N * slots
     queries = ()
-    tops = ()
-    sums_of_p = ()
-    sums_of_v = ()
     for h in tl.static_range(GROUP):
         q_row = query + ((b * NQ + g * GROUP + h).to(tl.int64) * tokens + s) * D
         queries += (tl.load(q_row + d, mask=d < D, other=0.0).to(tl.float32) * SCALE,)
-        tops += (tl.full([BLOCK_N], _LOWEST, tl.float32),)
-        sums_of_p += (tl.zeros([BLOCK_N], tl.float32),)
-        sums_of_v += (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
-    # Every lane keeps a softmax of its own; lanes are joined after the loop.
-    for first in range(begin, end, BLOCK_N):
-        slot = first + lane
-        seen = slot < end
-        inside = seen[:, None]
-        if D != BLOCK_D:
-            inside = inside & (d < D)[None, :]
-        place = slot[:, None] * D + d[None, :]
-        k = tl.load(key + head_start + place, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(value + head_start + place, mask=inside, other=0.0).to(tl.float32)
-        new_tops = ()
-        new_sums_of_p = ()
-        new_sums_of_v = ()
-        for h in tl.static_range(GROUP):
-            if h == 0 or not SHARED:
-                n = (g * GROUP + h) * N // NQ
-                bias = tl.load(scores + n.to(tl.int64) * slots + slot, mask=seen, other=0.0)
-            x = tl.sum(queries[h][None, :] * k, 1) + bias.to(tl.float32)
-            x = tl.where(seen, x, float("-inf"))
-            top = tl.maximum(tops[h], x)
-            p = tl.exp(x - top)
-            fade = tl.exp(tops[h] - top)
-            new_tops += (top,)
-            new_sums_of_p += (sums_of_p[h] * fade + p,)
-            new_sums_of_v += (sums_of_v[h] * fade[:, None] + p[:, None] * v,)
-        tops = new_tops
-        sums_of_p = new_sums_of_p
-        sums_of_v = new_sums_of_v
+    tops, sums_of_p, sums_of_v = attend_keys(
+        queries, key + head_start, value + head_start, scores, begin, end, g, slots, (), (),
+        NQ, NKV, N, D, BLOCK_D, BLOCK_N, False,
+    )  # fmt: skip
 
     share_row = split.to(tl.int64) * tl.num_programs(0) + row
     for h in tl.static_range(GROUP):

@@ -193,6 +193,82 @@ def join_shares(
 
 
 @triton.jit
+def attend_keys(
+    queries,
+    keys,
+    values,
+    scores,
+    begin,
+    end,
+    g,
+    C,
+    lowests,
+    lasts,
+    NQ: tl.constexpr,
+    NKV: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SELECT: tl.constexpr,
+):
+    """Attention of a group's query heads to slots begin to end, lane by lane.
+
+    queries: a scaled query, float32 [BLOCK_D], for each head. keys, values: [C, D] of key/value
+    head g. scores: [N, C]. lowests, lasts: threshold and last slot of each head, with SELECT.
+    Gives for each head the largest logit [BLOCK_N], the sum of p [BLOCK_N] and of p·v
+    [BLOCK_N, BLOCK_D] of every lane; p is exp(logit - largest).
+    """
+    GROUP: tl.constexpr = NQ // NKV
+    # Heads of a group share their scores, or each has its own to read.
+    SHARED: tl.constexpr = NKV % N == 0
+    d = tl.arange(0, BLOCK_D)
+    lane = tl.arange(0, BLOCK_N)
+    tops = ()
+    masses = ()
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        tops += (tl.full([BLOCK_N], _LOWEST, tl.float32),)
+        masses += (tl.zeros([BLOCK_N], tl.float32),)
+        sums += (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
+    for first in range(begin, end, BLOCK_N):
+        slot = first + lane
+        seen = slot < end
+        inside = seen[:, None]
+        if D != BLOCK_D:
+            inside = inside & (d < D)[None, :]
+        place = slot[:, None] * D + d[None, :]
+        k = tl.load(keys + place, mask=inside, other=0.0)
+        v = tl.load(values + place, mask=inside, other=0.0)
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+        new_tops = ()
+        new_masses = ()
+        new_sums = ()
+        for h in tl.static_range(GROUP):
+            if h == 0 or not SHARED:
+                n = (g * GROUP + h) * N // NQ
+                bias = tl.load(scores + n.to(tl.int64) * C + slot, mask=seen, other=0.0)
+                bias = bias.to(tl.float32)
+                kept = seen
+                if SELECT:
+                    equal = (bias == lowests[h]) & (slot <= lasts[h])
+                    kept = kept & ((bias > lowests[h]) | equal)
+            x = tl.sum(queries[h][None, :] * k, 1) + bias
+            x = tl.where(kept, x, float("-inf"))
+            top = tl.maximum(tops[h], x)
+            p = tl.exp(x - top)
+            fade = tl.exp(tops[h] - top)
+            new_tops += (top,)
+            new_masses += (masses[h] * fade + p,)
+            new_sums += (sums[h] * fade[:, None] + p[:, None] * v,)
+        tops = new_tops
+        masses = new_masses
+        sums = new_sums
+    return tops, masses, sums
+
+
+@triton.jit
 def attend_decode(
     query,
     key,
@@ -252,8 +328,6 @@ def attend_decode(
     with the last share writes them.
     """
     GROUP: tl.constexpr = NQ // NKV
-    # Heads of a group share their scores, or each has its own to read.
-    SHARED: tl.constexpr = NKV % N == 0
     ROW: tl.constexpr = (NQ + 2 * NKV) * D + (N if SCORE else 0)
     split = tl.program_id(0)
     g = tl.program_id(1)
@@ -273,7 +347,6 @@ def attend_decode(
         end = tl.minimum(end, i)
 
     d = tl.arange(0, BLOCK_D)
-    lane = tl.arange(0, BLOCK_N)
     head_start = (b * NKV + g).to(tl.int64) * C * D
     keys = key + head_start
     values = value + head_start
@@ -289,9 +362,6 @@ def attend_decode(
         sin_row += turn
 
     queries = ()
-    tops = ()
-    masses = ()
-    sums = ()
     lowests = ()
     lasts = ()
     for h in tl.static_range(GROUP):
@@ -308,44 +378,11 @@ def attend_decode(
             q_row = query + ((b * NQ + a).to(tl.int64) * S + s) * D
             q = tl.load(q_row + d, mask=d < D, other=0.0).to(tl.float32)
         queries += (q * scale,)
-        tops += (tl.full([BLOCK_N], _LOWEST, tl.float32),)
-        masses += (tl.zeros([BLOCK_N], tl.float32),)
-        sums += (tl.zeros([BLOCK_N, BLOCK_D], tl.float32),)
 
-    for first in range(begin, end, BLOCK_N):
-        slot = first + lane
-        seen = slot < end
-        inside = seen[:, None]
-        if D != BLOCK_D:
-            inside = inside & (d < D)[None, :]
-        place = slot[:, None] * D + d[None, :]
-        k = tl.load(keys + place, mask=inside, other=0.0)
-        v = tl.load(values + place, mask=inside, other=0.0)
-        k = k.to(tl.float32)
-        v = v.to(tl.float32)
-        new_tops = ()
-        new_masses = ()
-        new_sums = ()
-        for h in tl.static_range(GROUP):
-            if h == 0 or not SHARED:
-                n = (g * GROUP + h) * N // NQ
-                bias = tl.load(scores + n.to(tl.int64) * C + slot, mask=seen, other=0.0)
-                bias = bias.to(tl.float32)
-                kept = seen
-                if SELECT:
-                    equal = (bias == lowests[h]) & (slot <= lasts[h])
-                    kept = kept & ((bias > lowests[h]) | equal)
-            x = tl.sum(queries[h][None, :] * k, 1) + bias
-            x = tl.where(kept, x, float("-inf"))
-            top = tl.maximum(tops[h], x)
-            p = tl.exp(x - top)
-            fade = tl.exp(tops[h] - top)
-            new_tops += (top,)
-            new_masses += (masses[h] * fade + p,)
-            new_sums += (sums[h] * fade[:, None] + p[:, None] * v,)
-        tops = new_tops
-        masses = new_masses
-        sums = new_sums
+    tops, masses, sums = attend_keys(
+        queries, keys, values, scores, begin, end, g, C, lowests, lasts,
+        NQ, NKV, N, D, BLOCK_D, BLOCK_N, SELECT,
+    )  # fmt: skip
 
     if APPEND:
         new_k = head_vector(
