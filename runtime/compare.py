@@ -14,10 +14,17 @@ from runtime.bundle import Bundle
 from runtime.command import NEGATIVE, SUCCESS, CommandParser, print_json, run_command
 from runtime.comparison import (
     ComparisonReport,
+    TappedReport,
+    bundle_taps,
+    check_same_checkpoint,
     compare_backends,
+    compare_runs,
+    print_tapped,
     random_prompts,
+    run_rung,
     variant_tolerance,
 )
+from runtime.manifest import Variant
 from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids, split_backend
 
 ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
@@ -43,6 +50,10 @@ def make_parser() -> CommandParser:
     parser.add_argument("--prompt-ids", action="append", type=parse_ids, metavar="1,2,3")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="UTF-8, one prompt a line")
     parser.add_argument("--steps", type=int, default=32, help="decode steps after each prompt")
+    parser.add_argument(
+        "--taps", metavar="all|NAME[,NAME...]",
+        help="look inside as well: every named value, or layers.1.key, or key of every layer",
+    )  # fmt: skip
     parser.add_argument("--atol", type=float, help="absolute tolerance (a table by precision)")
     parser.add_argument("--rtol", type=float, help="relative tolerance (likewise)")
     return parser
@@ -60,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         usual = max(map(variant_tolerance, variants))
         atol, rtol = (b if a is None else a for a, b in zip((atol, rtol), usual, strict=True))
     prompts = list(_prompts(args, bundle))
+    if args.taps is not None:
+        tapped = _compare_inside((bundle, other), variants, prompts, args, (atol, rtol))
+        return _tell(tapped, args)
     reference, candidate = (
         open_backend(variant.backend, b, variant=variant.name)
         for b, variant in zip((bundle, other), variants, strict=True)
@@ -78,6 +92,35 @@ def run(args: argparse.Namespace) -> int:
         print_json(report.as_dict())
     else:
         _print(report)
+        print(f"{report.verdict}: {report.reason}")
+    return SUCCESS if report.verdict == "pass" else NEGATIVE
+
+
+def _compare_inside(
+    bundles: tuple[Bundle, Bundle],
+    variants: Sequence[Variant],
+    prompts: Sequence[Sequence[int]],
+    args: argparse.Namespace,
+    tolerance: tuple[float, float],
+) -> TappedReport:
+    check_same_checkpoint(*bundles)
+    insist = args.taps != "all"
+    taps = bundle_taps(bundles[0], args.taps)
+    reference = run_rung(bundles[0], variants[0], taps, prompts, args.steps, insist=insist)
+    fed = [prompt.tokens for prompt in reference.prompts]
+    candidate = run_rung(
+        bundles[1], variants[1], taps, prompts, args.steps, tokens=fed, insist=insist
+    )
+    atol, rtol = tolerance
+    return compare_runs(reference, candidate, bundles[0].config, atol=atol, rtol=rtol)
+
+
+def _tell(report: TappedReport, args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(report.as_dict())
+    else:
+        _print(report.logits)
+        print_tapped(report)
     return SUCCESS if report.verdict == "pass" else NEGATIVE
 
 
@@ -111,7 +154,6 @@ def _print(report: ComparisonReport) -> None:
             f"{where.reference_token} (margin {where.reference_margin:.3g}) became "
             f"{where.candidate_token} (margin {where.candidate_margin:.3g})"
         )
-    print(f"{report.verdict}: {report.reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

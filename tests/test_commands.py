@@ -752,6 +752,45 @@ def _alter_weights(checkpoint: Path) -> None:
     inspect_checkpoint(checkpoint, None)
 
 
+def test_compare_with_taps_looks_inside_both(call: Call, moe_bundle: Built) -> None:
+    outcome = call(compare.main, moe_bundle, "--steps", 4, "--taps", "all", "--json")
+    assert outcome.status == SUCCESS, outcome.err
+    report = outcome.report
+    taps = {tap["tap"]: tap for tap in report["taps"]}
+    assert next(iter(taps)) == "embedding"
+    assert list(taps)[-2:] == ["logits", "token"]
+    assert {"layers.1.experts", "layers.1.cached_key", "layers.0.score"} <= set(taps)
+    assert all(tap["parting"] == 0 for tap in report["taps"])
+    assert report["missing_taps"]["layers.0.query"] == ["onnxruntime:fp32"]
+    assert (report["verdict"], report["first_divergence"]) == ("pass", None)
+    assert report["tapping_changed"]["reference"] == 0
+
+
+def test_compare_of_kinds_of_taps_keeps_to_them(call: Call, moe_bundle: Built) -> None:
+    outcome = call(
+        compare.main, moe_bundle, "--steps", 1, "--taps", "output,layers.1.key", "--json"
+    )
+    assert outcome.status == SUCCESS, outcome.err
+    names = [tap["tap"] for tap in outcome.report["taps"]]
+    assert names == ["layers.0.output", "layers.1.key", "layers.1.output", "layers.2.output"]
+
+
+@pytest.mark.parametrize(
+    ("taps", "told"),
+    [
+        ("layers.0.query", "onnxruntime:fp32 gives no layers.0.query"),
+        ("layers.9.key", "has no tap layers.9.key"),
+        (",", "has no tap"),
+    ],
+)
+def test_compare_of_a_tap_that_is_not_there_is_an_error(
+    call: Call, moe_bundle: Built, taps: str, told: str
+) -> None:
+    outcome = call(compare.main, moe_bundle, "--steps", 1, "--taps", taps)
+    assert outcome.status == FAILURE
+    assert told in outcome.err
+
+
 def test_compare_with_an_unknown_backend_is_an_error(call: Call, moe_bundle: Built) -> None:
     outcome = call(compare.main, moe_bundle, "--candidate", "abacus")
     assert outcome.status == FAILURE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtime.backends.base import Backend, BackendUnavailableError
@@ -69,6 +70,19 @@ def open_backend(
     raise BackendUnavailableError(
         "no backend can run this bundle here: " + ("; ".join(reasons) or "it holds no model")
     )
+
+
+def open_tapped_backend(
+    name: str,
+    bundle: Bundle,
+    names: Sequence[str],
+    *,
+    variant: str | None = None,
+    threads: CpuThreads = THE_BACKENDS_CHOICE,
+) -> Backend:
+    """Open a backend that lets one look at named values; arguments and errors as `open_backend`."""
+    backend_class = _backend_class(name)
+    return backend_class.open_tapped(bundle, bundle.variant(name, variant), threads, names)
 
 
 def _backend_class(name: str) -> type[Backend]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+# Is handed the named values (docs/contract.md) of a pass of the network, each [B, ...].
+Observer = Callable[[Mapping[str, npt.NDArray[Any]]], None]
 
 
 class BackendUnavailableError(Exception):
@@ -78,6 +80,8 @@ class Backend(ABC):
         router_mode: `mixed` or `per_token` for a mixture of experts, None for a dense model.
         rows_alone: whether steps of several tokens run one row at a time.
         chunk_length: most tokens of one pass of a longer prompt; None for `max_input_len`.
+        taps: named values that `observer` is handed at each pass; none unless `open_tapped`.
+        observer: who looks inside; None for nobody.
     """
 
     name: str
@@ -87,6 +91,8 @@ class Backend(ABC):
     router_mode: str | None
     rows_alone: bool = False
     chunk_length: int | None = None
+    taps: tuple[str, ...] = ()
+    observer: Observer | None = None
 
     @classmethod
     @abstractmethod
@@ -96,6 +102,26 @@ class Backend(ABC):
         Raises:
             BackendUnavailableError: it cannot run here; says what to install or change.
         """
+
+    @classmethod
+    def open_tapped(
+        cls, bundle: Bundle, variant: Variant, threads: CpuThreads, names: Sequence[str]
+    ) -> Self:
+        """Open like `open`, to hand those of the named values that there are to an `observer`.
+
+        A backend that gives none has no `taps`.
+
+        Raises:
+            BackendUnavailableError: as `open`, or a package for looking inside is missing.
+        """
+        return cls.open(bundle, variant, threads)
+
+    def cached(self, cache: Cache) -> Mapping[str, npt.NDArray[Any]]:
+        """What the cache holds, [B, heads, C, size] by the names of the step's inputs.
+
+        Empty where a backend cannot tell.
+        """
+        return {}
 
     @abstractmethod
     def new_cache(self, batch_size: int, capacity: int | None = None) -> Cache:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,8 +25,10 @@ from runtime.backends.base import (
     Ids,
     Limits,
     Logits,
+    Observer,
 )
 from runtime.backends.narrow_cache import PromptModel, fill_narrow, load_scales, widen
+from runtime.backends.tapped_model import tapped_session
 from runtime.cpu_features import warn_of_missing_instructions
 from runtime.cpu_threads import THE_BACKENDS_CHOICE, CpuThreads, default_threads
 from runtime.sampling import SamplingParams
@@ -146,12 +148,31 @@ class OnnxRuntimeBackend(Backend):
         Raises:
             BackendUnavailableError: onnxruntime is not installed, or refuses a model.
         """
+        session = make_session(str(bundle.path / variant.path), threads)
+        return cls._on(session, bundle, variant, threads)
+
+    @classmethod
+    def open_tapped(
+        cls, bundle: Bundle, variant: Variant, threads: CpuThreads, names: Sequence[str]
+    ) -> Self:
+        """Open a copy of the model that has the named values, where it has them, as outputs.
+
+        Raises:
+            BackendUnavailableError: onnx or onnxruntime is not installed, or refuses a model.
+        """
+        session, given = tapped_session(bundle.path / variant.path, names, threads)
+        backend = cls._on(session, bundle, variant, threads)
+        backend.taps = given
+        return backend
+
+    @classmethod
+    def _on(cls, session: Any, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
         config = bundle.config
         if variant.precision in NARROW_PRECISIONS:
             warn_of_missing_instructions()
         choice = variant.details.get("token_choice")
         return cls(
-            make_session(str(bundle.path / variant.path), threads),
+            session,
             bundle.contract_of(variant),
             limits=bundle.limits,
             variant=variant.name,
@@ -199,8 +220,10 @@ class OnnxRuntimeBackend(Backend):
             decoding={},
         )
 
-    def cached(self, cache: OnnxRuntimeCache) -> dict[str, npt.NDArray[Any]]:
+    def cached(self, cache: Cache) -> dict[str, npt.NDArray[Any]]:
         """What the cache holds, by the names of the step's inputs; copies where a GPU has it."""
+        if not isinstance(cache, OnnxRuntimeCache):
+            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
         names = [spec.name for spec in self._contract.past]
         return {n: buffer.numpy() for n, buffer in zip(names, cache.buffers, strict=True)}
 
@@ -227,6 +250,12 @@ class OnnxRuntimeBackend(Backend):
             return
         if not isinstance(cache, OnnxRuntimeCache):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
+        if self.observer is not None:
+            raise ValueError(
+                f"variant {self.variant} computes prompts from {prompts.from_tokens} tokens on by "
+                f"another model, inside which nothing is named; {longest} tokens were given, "
+                "compare shorter prompts or without --taps"
+            )
         if self._prompt_backend is None:
             self._prompt_backend = prompts.open()
         backend, number = self._prompt_backend, row or 0
@@ -247,7 +276,7 @@ class OnnxRuntimeBackend(Backend):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
         if self._session is None:
             raise ValueError("this backend is closed; open another")
-        if input_ids.shape[1] == 1 and logits_index.shape[1] == 1:
+        if input_ids.shape[1] == 1 and logits_index.shape[1] == 1 and self.observer is None:
             return self._decode_step(input_ids, write_index, cache, row)
         binding = self._binding(cache, row)
         position_ids = write_index[:, None] + np.arange(input_ids.shape[1])
@@ -256,8 +285,19 @@ class OnnxRuntimeBackend(Backend):
             binding.bind_cpu_input(spec.name, np.ascontiguousarray(array))
         logits = np.empty((*logits_index.shape, self.vocab_size), np.float32)
         _bind_output(binding, self._contract.logits.name, logits)
-        self._session.run_with_iobinding(binding)
+        if self.observer is None:
+            self._session.run_with_iobinding(binding)
+        else:
+            self._run_observed(binding, self.observer)
         return logits
+
+    def _run_observed(self, binding: Any, observer: Observer) -> None:
+        for name in self.taps:
+            binding.bind_output(name, "cpu")  # anew at each pass: its shape changes
+        self._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()[-len(self.taps) :] if self.taps else []
+        values = {n: value.numpy() for n, value in zip(self.taps, outputs, strict=True)}
+        observer({name: array.astype(np.float32) for name, array in values.items()})
 
     def _decode_step(
         self, input_ids: Ids, write_index: Ids, cache: OnnxRuntimeCache, row: int | None

@@ -6,16 +6,19 @@ The only module of `runtime/` that imports torch.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.checkpoint import load_checkpoint
+from model.contract import cache_kinds, layer_taps
 from model.doge import DogeForCausalLM
-from model.step_ops import LayerCache
+from model.step_ops import LayerCache, no_tap
 from runtime.backends.base import Backend, Cache, Ids, Limits, Logits
 from runtime.bundle import Bundle
 from runtime.cpu_threads import CpuThreads
@@ -63,6 +66,21 @@ class TorchBackend(Backend):
         return cls(network, limits=bundle.limits, variant=variant.name)
 
     @classmethod
+    def open_tapped(
+        cls, bundle: Bundle, variant: Variant, threads: CpuThreads, names: Sequence[str]
+    ) -> Self:
+        """Open like `open`; the network has every named value."""
+        backend = cls.open(bundle, variant, threads)
+        backend.tap_values(names)
+        return backend
+
+    def tap_values(self, names: Sequence[str]) -> None:
+        """Hand these of the network's named values to the observer."""
+        network = self._open_network
+        known = layer_taps(network.config, network.generation)
+        self.taps = tuple(name for name in names if name in known)
+
+    @classmethod
     def from_checkpoint(
         cls, folder: Path, *, router_mode: str | None = None, max_batch_size: int = 4
     ) -> Self:
@@ -91,6 +109,17 @@ class TorchBackend(Backend):
             layers=self._open_network.new_cache(batch_size, slots),
         )
 
+    def cached(self, cache: Cache) -> Mapping[str, npt.NDArray[Any]]:
+        """What the cache holds, by the names of the step's inputs; not copies."""
+        if not isinstance(cache, TorchCache):
+            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
+        kinds = cache_kinds(self._open_network.generation)
+        return {
+            f"past_key_values.{index}.{kind}": part.numpy()
+            for index, layer in enumerate(cache.layers)
+            for kind, part in zip(kinds, layer, strict=True)
+        }
+
     def close(self) -> None:
         """Drop the network."""
         self._network = None
@@ -111,9 +140,20 @@ class TorchBackend(Backend):
             layers = [tuple(part[row : row + 1] for part in layer) for layer in layers]
         position_ids = write_index[:, None] + np.arange(input_ids.shape[1])
         tokens = (input_ids, position_ids, write_index, logits_index)
+        observed: dict[str, npt.NDArray[Any]] = {}
+
+        def collect(value: torch.Tensor, name: str) -> torch.Tensor:
+            if name in self.taps:
+                observed[name] = value.float().numpy().copy()
+            return value
+
         with torch.inference_mode():
             logits, _ = self._open_network(
-                *(torch.from_numpy(np.ascontiguousarray(array)) for array in tokens), layers
+                *(torch.from_numpy(np.ascontiguousarray(array)) for array in tokens),
+                layers,
+                no_tap if self.observer is None else collect,
             )
+        if self.observer is not None:
+            self.observer(observed)
         result: Logits = logits.numpy()
         return result

@@ -1,4 +1,4 @@
-"""How far two backends are apart: both get the same tokens, at every step."""
+"""How far the logits of two backends are apart: both get the same tokens, at every step."""
 
 from __future__ import annotations
 
@@ -7,39 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from runtime.backends.base import Backend, Logits
-from runtime.manifest import Variant
-from runtime.sampling import log_probabilities
-
-# What two implementations of the same model may differ by, per precision of the coarser one. fp32:
-# sums in another order through all layers, measured at 3e-5 at logits of size 30, with room for
-# deeper models. Half precisions: 2^-11 and 2^-8 relative roundings carried through the layers.
-# Weights or a cache of 8 and 4 bits are another model: measured on doge-tiny, logits of size 19,
-# 0.26 and 2.4, so these bounds find what is broken and no more; the build judges their quality.
-TOLERANCES: dict[str, tuple[float, float]] = {
-    "fp32": (1e-3, 1e-4),
-    "fp16": (5e-2, 1e-2),
-    "bf16": (4e-1, 8e-2),
-    "int8": (5e-1, 5e-2),
-    "int4": (3e0, 3e-1),
-}
-
-
-def variant_tolerance(variant: Variant) -> tuple[float, float]:
-    """The coarser of what a variant's weights and its cache may differ by, (atol, rtol).
-
-    Raises:
-        ValueError: a precision that no tolerance is known for.
-    """
-    cache = "int8" if variant.details.get("cache_dtype") == "int8" else variant.precision
-    unknown = sorted({variant.precision, cache} - TOLERANCES.keys())
-    if unknown:
-        raise ValueError(
-            f"no tolerance is known for {', '.join(unknown)}; name one by --atol and --rtol"
-        )
-    return max(TOLERANCES[variant.precision], TOLERANCES[cache])
+from runtime.comparison.metrics import json_number, kl_divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +35,7 @@ class Divergence:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form; a margin that is no finite number becomes null."""
         margins = {name: getattr(self, name) for name in ("reference_margin", "candidate_margin")}
-        return asdict(self) | {name: _json_number(margin) for name, margin in margins.items()}
+        return asdict(self) | {name: json_number(margin) for name, margin in margins.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +78,10 @@ class ComparisonReport:
             "steps": self.steps,
             "taps": [],
             "logits": {
-                "max_abs": _json_number(self.max_abs),
-                "mean_abs": _json_number(self.mean_abs),
-                "kl_max": _json_number(self.kl_max),
-                "kl_mean": _json_number(self.kl_mean),
+                "max_abs": json_number(self.max_abs),
+                "mean_abs": json_number(self.mean_abs),
+                "kl_max": json_number(self.kl_max),
+                "kl_mean": json_number(self.kl_mean),
                 "top1_agreement": self.top1_agreement,
             },
             "first_divergence": (
@@ -166,7 +136,7 @@ def compare_backends(
     expected = np.concatenate([pair[0] for pair in pairs])  # [prompts · (steps + 1), V]
     actual = np.concatenate([pair[1] for pair in pairs])
     names = [f"{backend.name}:{backend.variant}" for backend in (reference, candidate)]
-    return _report(expected, actual, names, steps, atol, rtol)
+    return logits_report(expected, actual, names, steps, atol, rtol)
 
 
 def _run_prompt(
@@ -187,16 +157,17 @@ def _run_prompt(
     return np.concatenate(rows[0]), np.concatenate(rows[1])
 
 
-def _report(
+def logits_report(
     expected: Logits, actual: Logits, names: list[str], steps: int, atol: float, rtol: float
 ) -> ComparisonReport:
+    """Judge rows of logits, [prompts · (steps + 1), V], as `compare_backends` does."""
     with np.errstate(invalid="ignore"):  # infinite logits are reported below
         difference = np.abs(actual.astype(np.float64) - expected)
         limit = atol + rtol * np.abs(expected).max(-1, keepdims=True)
     finite = bool(np.isfinite(actual).all() and np.isfinite(expected).all())
     within = finite and bool((difference <= limit).all())
     same = expected.argmax(-1) == actual.argmax(-1)
-    kl = _kl_divergence(expected, actual) if finite else np.full(len(expected), np.inf)
+    kl = kl_divergence(expected, actual) if finite else np.full(len(expected), np.inf)
     if not finite:
         where = [n for n, x in zip(names, (expected, actual), strict=True) if not _finite(x)]
         reason = f"logits that are not finite numbers from {' and '.join(where)}"
@@ -218,30 +189,18 @@ def _report(
         kl_max=float(kl.max()),
         kl_mean=float(kl.mean()),
         top1_agreement=float(same.mean()),
-        first_divergence=_first_divergence(expected, actual, steps),
+        first_divergence=first_token_divergence(expected, actual, steps),
         verdict="pass" if within else "fail",
         reason=reason,
     )
-
-
-def _json_number(value: float) -> float | None:
-    """JSON has no infinity: a difference that is none becomes null, `reason` says why."""
-    return value if np.isfinite(value) else None
 
 
 def _finite(logits: Logits) -> bool:
     return bool(np.isfinite(logits).all())
 
 
-def _kl_divergence(expected: Logits, actual: Logits) -> npt.NDArray[np.float64]:
-    p = log_probabilities(expected).astype(np.float64)
-    q = log_probabilities(actual).astype(np.float64)
-    # Rounding can make a vanishing divergence negative.
-    divergence: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return np.maximum(divergence, 0.0)
-
-
-def _first_divergence(expected: Logits, actual: Logits, steps: int) -> Divergence | None:
+def first_token_divergence(expected: Logits, actual: Logits, steps: int) -> Divergence | None:
+    """Where greedy tokens first part, rows [prompts · (steps + 1), V]; None where never."""
     differing = np.flatnonzero(expected.argmax(-1) != actual.argmax(-1))
     if not differing.size:
         return None

@@ -1,0 +1,74 @@
+"""How far apart two rungs may be: of logits, and of every kind of tap. The one table."""
+
+from __future__ import annotations
+
+from runtime.comparison.taps import CHOICES
+from runtime.manifest import Variant
+
+# What two implementations of the same model may differ by, per precision of the coarser one. fp32:
+# sums in another order through all layers, measured at 3e-5 at logits of size 30, with room for
+# deeper models. Half precisions: 2^-11 and 2^-8 relative roundings carried through the layers.
+# Weights or a cache of 8 and 4 bits are another model: measured on doge-tiny, logits of size 19,
+# 0.26 and 2.4, so these bounds find what is broken and no more; the build judges their quality.
+TOLERANCES: dict[str, tuple[float, float]] = {
+    "fp32": (1e-3, 1e-4),
+    "fp16": (5e-2, 1e-2),
+    "bf16": (4e-1, 8e-2),
+    "int8": (5e-1, 5e-2),
+    "int4": (3e0, 3e-1),
+}
+
+
+def variant_tolerance(variant: Variant) -> tuple[float, float]:
+    """The coarser of what a variant's weights and its cache may differ by, (atol, rtol).
+
+    Raises:
+        ValueError: a precision that no tolerance is known for.
+    """
+    cache = "int8" if variant.details.get("cache_dtype") == "int8" else variant.precision
+    unknown = sorted({variant.precision, cache} - TOLERANCES.keys())
+    if unknown:
+        raise ValueError(
+            f"no tolerance is known for {', '.join(unknown)}; name one by --atol and --rtol"
+        )
+    return max(TOLERANCES[variant.precision], TOLERANCES[cache])
+
+
+# What a tap of one token may differ by, as a share of that token's largest number in the reference.
+# fp32: sums in another order, measured at up to 1.2e-5 of attention, which amplifies rounding where
+# queries and keys have no norm, and 1.8e-5 of what experts add up; some three times that. Half
+# precisions: 2^-11 and 2^-8 carried through the layers. Weights of 8 and 4 bits are another model:
+# their bounds find what is broken, and a choice that parts before them is told as such.
+TAP_TOLERANCES: dict[str, float] = {
+    "fp32": 5e-5,
+    "fp16": 2e-2,
+    "bf16": 1.5e-1,
+    "int8": 3e-1,
+    "int4": 1.5,
+}
+# By how much more a kind may differ than others do, and why.
+KIND_FACTORS: dict[str, float] = {
+    "attention_output": 2.0,  # a sum over all keys, whose weights carry the errors of their logits
+    "expert_output": 2.0,  # small sums of large terms: K experts that cancel each other in part
+    "mlp_output": 2.0,  # contains the experts'
+    "score": 2.0,  # an exponential of a product; relative errors of its exponent are absolute here
+    "cached_score": 2.0,  # likewise
+}
+
+
+def tap_tolerance(kind: str, precision: str) -> float:
+    """The share of a token's largest number that a tap of `kind` may differ by.
+
+    Raises:
+        ValueError: a precision that no tolerance is known for.
+    """
+    if precision not in TAP_TOLERANCES:
+        raise ValueError(
+            f"no tolerance of taps is known for {precision}; there are {', '.join(TAP_TOLERANCES)}"
+        )
+    return TAP_TOLERANCES[precision] * KIND_FACTORS.get(CHOICES.get(kind, kind), 1.0)
+
+
+def coarser(precisions: tuple[str, str]) -> str:
+    """Of two precisions, the one that may differ by more."""
+    return max(precisions, key=lambda name: TAP_TOLERANCES.get(name, 0.0))
