@@ -46,16 +46,17 @@ def make_parser() -> CommandParser:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, put the kernels into the bundle and print what is in it."""
-    bundle = Bundle.open(args.bundle)
+    Bundle.open(args.bundle)  # before anything is made beside it
     targets = tuple(args.target.split(","))
-    uses = _uses(bundle, args.precision.split(","))
     progress = BuildProgress(quiet=args.quiet)
     with BundleWriter(args.bundle) as writer, progress.shown():
-        if writer.previous is None:
-            raise ValueError(f"bundle {args.bundle} was changed while its kernels were compiled")
+        bundle = writer.previous
+        if bundle is None:
+            raise ValueError(f"bundle {args.bundle} was replaced by something that is none")
+        uses = _uses(bundle, args.precision.split(","))
         with progress.stage(f"compile kernels for {', '.join(targets)}"):
-            library = write_kernels(uses, targets, writer, writer.previous)
-        writer.adopt(writer.previous, lambda file: file.role != "kernels")
+            library = write_kernels(uses, targets, writer, bundle)
+        writer.adopt(bundle, lambda file: file.role != "kernels")
         writer.publish(bundle.manifest)
     if args.json:
         print_json({"bundle": str(args.bundle), **library.as_dict()})

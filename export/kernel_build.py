@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +24,8 @@ from runtime.kernel_library import (
     KernelLibrary,
     OpUse,
 )
+
+logger = logging.getLogger(__name__)
 
 _OPS = {op.name: op for op in OPS}
 
@@ -123,7 +127,7 @@ def write_kernels(
         targets: architectures such as `sm89`.
         writer: the bundle.
         previous: an earlier bundle of the same model, whose kernels are kept where they are of
-            another name or target and the same Triton compiled them.
+            another name or target; where another Triton compiled them, they are compiled anew.
 
     Returns:
         The library of what the bundle holds now.
@@ -131,22 +135,36 @@ def write_kernels(
     Raises:
         BackendUnavailableError: Triton is not installed.
         KernelCompileError: a kernel does not compile.
-        ValueError: a use that no kernel covers.
+        ValueError: a use that no kernel covers, or kernels in `previous` that were altered.
     """
+    kept = _kernels_in(previous)
+    every_use = {use.key: use for use in uses}
+    if kept is not None:
+        every_use |= {use.key: use for use in kept.uses}
+        if kept.triton_version != _triton_version():
+            logger.warning(
+                "the bundle's kernels were compiled by Triton %s: all are compiled anew",
+                kept.triton_version,
+            )
+            uses = tuple(every_use.values())
+            targets = tuple(dict.fromkeys([*targets, *kept.targets]))
+            kept = None
     compiled = compile_kernels(kernels_of(uses), targets)
     entries = {(kernel.target, kernel.spec.name): describe(kernel) for kernel in compiled}
     cubins = {describe(kernel).file: kernel.cubin for kernel in compiled}
-    version = compiled[0].triton_version
-    every_use = {use.key: use for use in uses}
-    if (kept := _kernels_in(previous)) is not None and kept.triton_version == version:
-        every_use |= {use.key: use for use in kept.uses}
+    if kept is not None:
+        current = {spec.name: spec for spec in kernels_of(every_use.values())}
         for entry in kept.entries:
-            if (entry.target, entry.name) not in entries:
-                entries[entry.target, entry.name] = entry
-                cubins[entry.file] = (kept.folder / entry.file).read_bytes()
+            spec = current.get(entry.name)
+            if spec is not None and entry.is_of(spec):
+                cubins.setdefault(entry.file, (kept.folder / entry.file).read_bytes())
+                entries.setdefault((entry.target, entry.name), entry)
+    for file in () if previous is None else previous.manifest.files:
+        if file.role == "kernels":
+            writer.path_for(file.path)  # lets go of it, if it was adopted
     library = KernelLibrary(
         folder=writer.folder / KERNEL_FOLDER,
-        triton_version=version,
+        triton_version=compiled[0].triton_version,
         uses=tuple(every_use[key] for key in sorted(every_use)),
         entries=tuple(entries[key] for key in sorted(entries)),
     )
@@ -196,10 +214,14 @@ def toolkit_of(ptx: str) -> str:
     raise ValueError(f"PTX version {major}.{minor} belongs to no CUDA toolkit known here")
 
 
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _kernels_in(bundle: Bundle | None) -> KernelLibrary | None:
     if bundle is None or not any(file.role == "kernels" for file in bundle.manifest.files):
         return None
-    try:
-        return KernelLibrary.open(bundle.path)
-    except ValueError:
-        return None  # of another format: built anew where it is needed
+    return bundle.kernel_library()

@@ -13,16 +13,25 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
 from plugins.kernel_spec import KernelSpec
 from runtime.backends.base import BackendUnavailableError
+from runtime.cpu_threads import usable_cpus
 
 _SETTINGS = {
     "TRITON_DISABLE_LINE_INFO": "1",  # no source path in the cubin, hence the same bytes anywhere
     "TRITON_DEFAULT_FP_FUSION": "1",
 }
+
+
+# What a user's environment may hold that changes the code; none of it reaches the compiler.
+_FOREIGN_SETTINGS = ("TRITON_", "PTXAS_", "DISABLE_PTXAS", "LLVM_", "MLIR_", "NVPTX_")
+
+
+_PLACES = ("TRITON_HOME", "TRITON_CACHE_DIR")
 
 
 class KernelCompileError(Exception):
@@ -86,14 +95,22 @@ def compile_kernels(
         raise ValueError(f"a target looks like sm89, got {', '.join(unreadable)}")
     specs = list(specs)
     jobs = [(spec, target, ptx_version) for target in targets for spec in specs]
-    workers = min(processes or len(os.sched_getaffinity(0)), max(len(jobs), 1))
+    workers = min(processes or usable_cpus(), max(len(jobs), 1))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_prepare_process) as pool:
-        return list(pool.map(_compile, jobs))
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_prepare_process) as pool:
+            return list(pool.map(_compile, jobs))
+    except BrokenProcessPool as error:
+        raise KernelCompileError(
+            f"a compiler's process died for {', '.join(targets)}: Triton does not know such a "
+            "target, or memory ran out"
+        ) from error
 
 
 def _prepare_process() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN_SETTINGS) and name not in _PLACES:
+            del os.environ[name]
     os.environ.update(_SETTINGS)
 
 

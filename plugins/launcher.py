@@ -137,6 +137,7 @@ class CudaLauncher:
         address = self._call("cuMemAlloc", max(count, 1) * 4, about="counters")
         self._counters.append(address)
         self._call("cuMemsetD32", address, 0, max(count, 1), about="counters")
+        self._call("cuCtxSynchronize", about="counters")  # other streams do not wait for it
         return int(address)
 
     def close(self) -> None:

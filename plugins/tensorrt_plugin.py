@@ -225,9 +225,19 @@ class _OpPlugin:
         return self._fields.collection
 
     def attach_to_context(self, context: Any) -> Any:
-        """A clone for one execution context; its kernels are found when shapes are known."""
+        """A clone for one execution context, with counters of its own.
+
+        Memory is taken here: later calls may stand in the capture of a CUDA graph. Which kernels
+        it launches is known with the shapes; counters may come from any launcher.
+
+        Raises:
+            LaunchError: the driver has no memory.
+        """
         del context
-        return self.clone()
+        attached = self.clone()
+        if self.host.launchers:
+            attached._counters = self.host.launchers[-1][1].zeros(self.counter_count)
+        return attached
 
     def set_tactic(self, tactic: int) -> None:
         """There is one."""
@@ -246,7 +256,6 @@ class _OpPlugin:
         self._shapes = self._named([tuple(desc.dims) for desc in descs])
         if self._launcher is None and self.host.launchers:
             self._launcher = self.host.launcher_of(spec.name for spec in self._kernels.specs)
-            self._counters = self._launcher.zeros(self.counter_count)
 
     def enqueue(
         self,
@@ -263,8 +272,11 @@ class _OpPlugin:
             PluginError: shapes that no kernel covers, too few counters, or a refused launch.
         """
         del input_descs, output_descs
-        if self._kernels is None or self._launcher is None:
-            raise PluginError(f"{self.op.name}: enqueue before on_shape_change, or no kernels")
+        if self._kernels is None or self._launcher is None or not self._counters:
+            raise PluginError(
+                f"{self.op.name}: enqueue before attach_to_context and on_shape_change, or no "
+                "kernels"
+            )
         if (needed := self._kernels.counters(self._shapes)) > self.counter_count:
             raise PluginError(
                 f"{self.op.name}: {needed} counters are needed, the profiles were built for "

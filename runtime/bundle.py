@@ -14,8 +14,8 @@ from typing import Any, get_args, get_type_hints
 from model.config import SEED_FIELDS, DogeConfig, RouterMode, UnsupportedModelError
 from model.contract import DTYPE_BYTES, StepContract, step_contract
 from model.generations import GENERATIONS, generation_named
-from runtime.backends.base import Limits
-from runtime.kernel_library import KERNEL_FOLDER, KernelLibrary
+from runtime.backends.base import BackendUnavailableError, Limits
+from runtime.kernel_library import KERNEL_FOLDER, KERNEL_MANIFEST, KernelLibrary
 from runtime.manifest import MANIFEST_NAME, BundleFile, Manifest, Variant
 from runtime.strict_json import Kinds, read_object
 
@@ -183,8 +183,12 @@ class Bundle:
             BackendUnavailableError: the bundle has none.
             ValueError: altered since the build, or a launch manifest of another format.
         """
-        if any(file.role == "kernels" for file in self.manifest.files):
-            self._checked(KERNEL_FOLDER, "the kernels")
+        if KERNEL_MANIFEST not in self._files:
+            raise BackendUnavailableError(
+                f"bundle {self.path} has no kernels; build them with: python "
+                f"export/build_kernels.py {self.path}"
+            )
+        self._checked(KERNEL_FOLDER, "the kernels")
         return KernelLibrary.open(self.path)
 
     def _checked(self, relative: str, label: str) -> Path:

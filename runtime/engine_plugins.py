@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from plugins.tensorrt_plugin import register_plugins
+from plugins.launcher import LaunchError
+from plugins.tensorrt_plugin import PluginError, register_plugins
+from runtime.backends.base import BackendUnavailableError
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -20,22 +22,29 @@ def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
         variant: the engine.
 
     Raises:
-        BackendUnavailableError: the bundle has no kernels for this GPU, or the driver is too old.
-        LaunchError: no driver or GPU, or the driver refuses a kernel.
+        BackendUnavailableError: the bundle has no kernels for this GPU, the driver is too old or
+            refuses one, or TensorRT does not take the plugins.
         ValueError: a kernel that the engine needs is missing, altered, or of another version of the
             project.
     """
     if variant.details.get("plugin", "none") != "doge":
         return
     library = bundle.kernel_library()
-    needed = set(variant.details.get("kernels", []))
+    needed = frozenset(variant.details.get("kernels", []))
     if missing := needed - library.names:
         raise ValueError(
             f"engine {variant.name} needs kernels that bundle {bundle.path} lacks: "
             f"{', '.join(sorted(missing))}; build it again with: python export/build_engine.py "
             f"--plugin {variant.details['plugin']}"
         )
-    library.require(spec for use in library.uses for spec in use.make_kernels().specs)
-    host = register_plugins(trt)
-    if not any(needed <= names for names, _ in host.launchers):
-        host.launchers.append((library.names, library.open_launcher()))
+    library.require(
+        spec for use in library.uses for spec in use.make_kernels().specs if spec.name in needed
+    )
+    try:
+        host = register_plugins(trt)
+        if not any(needed <= names for names, _ in host.launchers):
+            host.launchers.append((needed, library.open_launcher(needed)))
+    except (LaunchError, PluginError) as error:
+        raise BackendUnavailableError(
+            f"the plugins of {variant.name} cannot run here: {error}"
+        ) from error

@@ -19,6 +19,9 @@ from runtime.strict_json import Kinds, parse_json, read_list, read_object
 KERNEL_FOLDER = "kernels"
 KERNEL_MANIFEST = f"{KERNEL_FOLDER}/kernels.json"
 LAUNCH_FORMAT = 1
+# From this architecture on, code runs on the GPU it was assembled for and on no later one.
+_EXACT_FROM = (9, 0)
+_PRECISIONS = {"fp16": "float16", "bf16": "bfloat16"}
 _BUILD_HINT = "build them with: python export/build_kernels.py BUNDLE --target"
 
 
@@ -58,10 +61,25 @@ class KernelEntry:
         number = int(self.target.removeprefix("sm"))
         return number // 10, number % 10
 
+    def is_of(self, spec: KernelSpec) -> bool:
+        """Whether it was made from this specification, as far as a launch can tell."""
+        return (
+            list(self.arguments) == list(spec.arguments.items())
+            and self.constants == dict(spec.constants)
+            and self.grid == spec.grid
+            and self.threads == 32 * spec.num_warps
+        )
+
     def runs_on(self, device: Device) -> bool:
-        """Whether the code runs there: the same major architecture, no older than the target."""
-        major, minor = self.compute_capability
-        return major == device.compute_capability[0] and minor <= device.compute_capability[1]
+        """Whether the code runs there.
+
+        Up to sm89 that is a GPU of the same major architecture that is no older; from sm90 on
+        Triton assembles for `sm_90a`, `sm_120a`, ..., which are for that very GPU.
+        """
+        own, gpu = self.compute_capability, device.compute_capability
+        if own >= _EXACT_FROM:
+            return own == gpu
+        return own[0] == gpu[0] and own[1] <= gpu[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +256,7 @@ class KernelLibrary:
             found = by_name.get(spec.name)
             if not found:
                 problems.append(f"{spec.name} is missing")
-            elif any(not _is_of(entry, spec) for entry in found):
+            elif any(not entry.is_of(spec) for entry in found):
                 problems.append(f"{spec.name} was made by another version of the project")
         if problems:
             raise ValueError(
@@ -246,8 +264,14 @@ class KernelLibrary:
                 f"{_BUILD_HINT} {','.join(self.targets) or 'sm89'}"
             )
 
-    def best_for(self, device: Device) -> tuple[KernelEntry, ...]:
+    def best_for(
+        self, device: Device, names: frozenset[str] | None = None
+    ) -> tuple[KernelEntry, ...]:
         """The best code of each variant for a GPU, by name.
+
+        Args:
+            device: the GPU.
+            names: the variants that are wanted; all of them if None.
 
         Raises:
             BackendUnavailableError: no code for this GPU, or a driver that is too old for it.
@@ -256,27 +280,37 @@ class KernelLibrary:
         for entry in sorted(self.entries, key=lambda entry: entry.compute_capability):
             if entry.runs_on(device):
                 best[entry.name] = entry
+        wanted = self.names if names is None else names
         major, minor = device.compute_capability
-        if missing := self.names - best.keys():
+        if missing := wanted - best.keys():
             raise BackendUnavailableError(
                 f"{device.name} is sm{major}{minor}, the bundle's kernels are for "
-                f"{', '.join(self.targets) or 'no GPU'} ({len(missing)} of {len(self.names)} have "
-                f"no code that it runs); {_BUILD_HINT} sm{major}{minor}"
+                f"{', '.join(self.targets) or 'no GPU'} ({len(missing)} of {len(wanted)} have "
+                f"no code that it runs); {_BUILD_HINT} sm{major}{minor}{self._precision_flag()}"
             )
-        _check_driver(best.values(), device)
-        return tuple(best[name] for name in sorted(best))
+        found = tuple(best[name] for name in sorted(wanted))
+        _check_driver(found, device)
+        return found
 
-    def binaries_for(self, device: Device) -> list[KernelBinary]:
+    def _precision_flag(self) -> str:
+        """The flag of build_kernels that asks for the number formats that are here."""
+        dtypes = {dtype for use in self.uses for dtype in use.dtypes.values()}
+        formats = [name for name, dtype in _PRECISIONS.items() if dtype in dtypes]
+        return f" --precision {','.join(formats)}" if formats else ""
+
+    def binaries_for(
+        self, device: Device, names: frozenset[str] | None = None
+    ) -> list[KernelBinary]:
         """The code of `best_for`, with its bytes read and compared.
 
         Raises:
             BackendUnavailableError: as `best_for`.
             ValueError: a cubin is missing or altered.
         """
-        return [self._binary(entry) for entry in self.best_for(device)]
+        return [self._binary(entry) for entry in self.best_for(device, names)]
 
-    def open_launcher(self) -> CudaLauncher:
-        """Load the kernels on the current GPU.
+    def open_launcher(self, names: frozenset[str] | None = None) -> CudaLauncher:
+        """Load the kernels on the current GPU, all of them or those with these names.
 
         Raises:
             BackendUnavailableError: as `binaries_for`.
@@ -284,7 +318,7 @@ class KernelLibrary:
             ValueError: as `binaries_for`.
         """
         driver = open_driver()
-        return CudaLauncher(driver, self.binaries_for(current_device(driver)))
+        return CudaLauncher(driver, self.binaries_for(current_device(driver), names))
 
     def _binary(self, entry: KernelEntry) -> KernelBinary:
         path = self.folder / entry.file
@@ -306,16 +340,6 @@ class KernelLibrary:
             arguments=dict(entry.arguments),
             grid=entry.grid,
         )
-
-
-def _is_of(entry: KernelEntry, spec: KernelSpec) -> bool:
-    return (
-        dict(entry.arguments) == dict(spec.arguments)
-        and [name for name, _ in entry.arguments] == list(spec.arguments)
-        and entry.constants == dict(spec.constants)
-        and entry.grid == spec.grid
-        and entry.threads == 32 * spec.num_warps
-    )
 
 
 def _entry_problems(entry: dict[str, Any]) -> Iterable[str]:
@@ -343,7 +367,7 @@ def _is_texts(values: object, count: int) -> bool:
 
 def _check_driver(entries: Iterable[KernelEntry], device: Device) -> None:
     """A cubin runs on drivers of its toolkit's major version and later ones."""
-    needed = max(int(entry.toolkit.split(".")[0]) for entry in entries)
+    needed = max((int(entry.toolkit.split(".")[0]) for entry in entries), default=0)
     major, minor = device.driver_version
     if major < needed:
         raise BackendUnavailableError(

@@ -18,10 +18,12 @@ from plugins.kernel_spec import KernelSpec
 from plugins.launcher import Device
 from plugins.registry import OPS
 from plugins.tensorrt_plugin import PluginHost
+from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
 from runtime.engine_plugins import prepare_plugins
 from runtime.kernel_library import KERNEL_FOLDER, KERNEL_MANIFEST
+from tests.kernel_gate import USES
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +129,38 @@ def test_engine_whose_kernels_are_gone_is_refused(moe, tmp_path):
     copy = Bundle.open(tmp_path / "b")
     with pytest.raises(ValueError, match="refusing to load the kernels of bundle"):
         prepare_plugins(None, copy, copy.variant("tensorrt_rtx", "fp16-sm89-doge"))
+
+
+def test_altered_kernels_are_not_taken_over(moe, tmp_path, capsys):
+    shutil.copytree(moe[0].path, tmp_path / "b")
+    cubin = next((tmp_path / "b" / KERNEL_FOLDER).glob("*.cubin"))
+    code = bytearray(cubin.read_bytes())
+    code[-1] ^= 1
+    cubin.write_bytes(code)
+    command = [str(tmp_path / "b"), "--target", "sm86", "--json", "--quiet"]
+    assert build_kernels.main(command) == FAILURE
+    assert "refusing to load the kernels" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_kernels_that_the_manifest_does_not_list_are_not_loaded(moe, golden, tmp_path, capsys):
+    assert build(golden, "g4_moe", tmp_path / "b", "--backend", "none") == SUCCESS
+    capsys.readouterr()
+    shutil.copytree(moe[0].path / KERNEL_FOLDER, tmp_path / "b" / KERNEL_FOLDER)
+    with pytest.raises(BackendUnavailableError, match="has no kernels"):
+        Bundle.open(tmp_path / "b").kernel_library()
+
+
+def test_setting_of_the_users_environment_does_not_change_the_code(monkeypatch):
+    specs = kernels_of([USES["values"]])
+    (plain,) = compile_kernels(specs, ["sm89"])
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    (other,) = compile_kernels(specs, ["sm89"])
+    assert other.cubin == plain.cubin
+
+
+def test_target_that_triton_does_not_know_is_an_error():
+    with pytest.raises(KernelCompileError, match="sm999"):
+        compile_kernels(kernels_of([USES["values"]]), ["sm999"])
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_engine_without_its_kernels_is_refused_before_anything_runs():
 
 
 def test_enqueue_before_shapes_are_known_is_refused():
-    with pytest.raises(PluginError, match="enqueue before on_shape_change"):
+    with pytest.raises(PluginError, match="enqueue before attach_to_context and on_shape_change"):
         expert_plugin().enqueue([], [], [], [], 0, 0)
 
 
@@ -278,7 +278,25 @@ def test_more_counters_than_the_profiles_had_are_refused():
     host.launchers.append(
         (frozenset(spec.name for spec in kernels.specs), HostMemoryLauncher(kernels.specs))
     )
-    plugin.on_shape_change(*descs)
-    assert kernels.counters(plugin._shapes) > 0
+    attached = plugin.attach_to_context(None)
+    attached.on_shape_change(*descs)
+    assert kernels.counters(attached._shapes) > 0
     with pytest.raises(PluginError, match="the profiles were built for 0"):
+        attached.enqueue(*descs, [0] * 5, [0], 0, 1234)
+
+
+def test_counters_that_could_not_be_had_never_reach_a_launch():
+    inputs, outputs = expert_tensors()
+    descs = [tensor.desc for tensor in inputs], [tensor.desc for tensor in outputs]
+    host = PluginHost()
+    plugin = expert_plugin(host)
+    kernels = plugin._make_kernels([*descs[0], *descs[1]])
+    launcher = HostMemoryLauncher(kernels.specs)
+    launcher.zeros = lambda count: 1 / 0
+    host.launchers.append((frozenset(spec.name for spec in kernels.specs), launcher))
+    with pytest.raises(ZeroDivisionError):
+        plugin.attach_to_context(None)
+    plugin.on_shape_change(*descs)
+    with pytest.raises(PluginError, match="enqueue before attach_to_context"):
         plugin.enqueue(*descs, [0] * 5, [0], 0, 1234)
+    assert not launcher.launched

@@ -102,13 +102,26 @@ def test_gpu_older_than_the_code_is_refused_with_the_command(written):
     with pytest.raises(BackendUnavailableError) as refusal:
         library.binaries_for(turing)
     assert "a T4 is sm75, the bundle's kernels are for sm120, sm89" in str(refusal.value)
-    assert "--target sm75" in str(refusal.value)
+    assert "--target sm75 --precision fp16" in str(refusal.value)
 
 
 def test_gpu_that_has_code_for_some_kernels_only_is_refused(written):
     library = KernelLibrary.open(written(entry("sm89"), entry("sm90", name="other")))
     with pytest.raises(BackendUnavailableError, match="1 of 2 have no code"):
         library.binaries_for(ADA)
+
+
+def test_code_for_a_later_architecture_is_for_that_very_gpu(written):
+    library = KernelLibrary.open(written(entry("sm120")))
+    spark = Device(name="a GB10", compute_capability=(12, 1), driver_version=(13, 0))
+    with pytest.raises(BackendUnavailableError, match="--target sm121"):
+        library.binaries_for(spark)
+
+
+def test_only_the_kernels_that_are_wanted_must_have_code(written):
+    library = KernelLibrary.open(written(entry("sm89"), entry("sm90", name="other")))
+    (binary,) = library.binaries_for(ADA, frozenset(["k"]))
+    assert binary.name == "k"
 
 
 def test_driver_too_old_for_the_code_is_refused(written):

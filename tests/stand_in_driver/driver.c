@@ -89,6 +89,7 @@ static int cuDeviceTotalMem(size_t *bytes, int device) {
 }
 static int cuCtxGetCurrent(void **context) { *context = current_context; return SUCCESS; }
 static int cuCtxSetCurrent(void *context) { current_context = context; return SUCCESS; }
+static int cuCtxSynchronize(void) { return SUCCESS; }
 static int cuCtxGetDevice(int *device) { *device = 0; return SUCCESS; }
 static int cuDevicePrimaryCtxRetain(void **context, int device) {
   (void)device;
@@ -247,7 +248,7 @@ typedef struct {
 static const Symbol symbols[] = {
     SYMBOL(cuInit), SYMBOL(cuDriverGetVersion), SYMBOL(cuDeviceGetCount), SYMBOL(cuDeviceGet),
     SYMBOL(cuDeviceGetName), SYMBOL(cuDeviceGetAttribute), SYMBOL(cuCtxGetCurrent),
-    SYMBOL(cuCtxSetCurrent), SYMBOL(cuCtxGetDevice), SYMBOL(cuDevicePrimaryCtxRetain),
+    SYMBOL(cuCtxSetCurrent), SYMBOL(cuCtxGetDevice), SYMBOL(cuCtxSynchronize), SYMBOL(cuDevicePrimaryCtxRetain),
     SYMBOL(cuLibraryLoadData), SYMBOL(cuLibraryUnload), SYMBOL(cuLibraryGetKernel),
     SYMBOL(cuKernelGetFunction), SYMBOL(cuKernelSetAttribute), SYMBOL(cuMemAlloc), SYMBOL(cuMemFree),
     SYMBOL(cuMemsetD32), SYMBOL(cuLaunchKernel), SYMBOL(cuDeviceTotalMem), SYMBOL(cuMemGetInfo),
