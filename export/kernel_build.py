@@ -23,6 +23,7 @@ from runtime.kernel_library import (
     KernelEntry,
     KernelLibrary,
     OpUse,
+    source_sha256,
 )
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ def describe(kernel: CompiledKernel) -> KernelEntry:
         constants=dict(spec.constants),
         grid=spec.grid,
         toolkit=toolkit_of(kernel.ptx),
+        source_sha256=source_sha256(spec.function),
     )
 
 

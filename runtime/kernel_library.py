@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +43,7 @@ class KernelEntry:
         constants: what the code was specialized for.
         grid: `KernelSpec.grid`.
         toolkit: CUDA version of the assembler, `12.9`; a driver must be of that major version.
+        source_sha256: hash of the file with the kernel's source (`source_sha256`).
     """
 
     name: str
@@ -54,6 +57,7 @@ class KernelEntry:
     constants: dict[str, Any]
     grid: tuple[str, str, str]
     toolkit: str
+    source_sha256: str
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -62,12 +66,13 @@ class KernelEntry:
         return number // 10, number % 10
 
     def is_of(self, spec: KernelSpec) -> bool:
-        """Whether it was made from this specification, as far as a launch can tell."""
+        """Whether it was made from this specification and the source that is here."""
         return (
             list(self.arguments) == list(spec.arguments.items())
             and self.constants == dict(spec.constants)
             and self.grid == spec.grid
             and self.threads == 32 * spec.num_warps
+            and self.source_sha256 == source_sha256(spec.function)
         )
 
     def runs_on(self, device: Device) -> bool:
@@ -80,6 +85,19 @@ class KernelEntry:
         if own >= _EXACT_FROM:
             return own == gpu
         return own[0] == gpu[0] and own[1] <= gpu[1]
+
+
+@cache
+def source_sha256(function: str) -> str:
+    """Hash of the file that `module:function` stands in; Triton is not imported.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    found = importlib.util.find_spec(function.partition(":")[0])
+    if found is None or found.origin is None:
+        raise ValueError(f"there is no source of the kernel {function}")
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +147,7 @@ _ENTRY_KINDS: Kinds = {
     "constants": (dict,),
     "grid": (list,),
     "toolkit": (str,),
+    "source_sha256": (str,),
 }
 _USE_KINDS: Kinds = {
     "op": (str,),

@@ -16,7 +16,14 @@ from runtime.backends.base import Limits
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, NEGATIVE, USAGE
 from runtime.gpu_checks.evidence import Evidence
-from runtime.kernel_library import KERNEL_FOLDER, KERNEL_MANIFEST, KernelEntry, KernelLibrary, OpUse
+from runtime.kernel_library import (
+    KERNEL_FOLDER,
+    KERNEL_MANIFEST,
+    KernelEntry,
+    KernelLibrary,
+    OpUse,
+    source_sha256,
+)
 from tests.fake_bundle import fake_manifest, write_fake_bundle
 from tests.gpu_check_subject import value_use
 
@@ -40,6 +47,7 @@ def entries_of(use: OpUse, target: str, toolkit: str) -> list[KernelEntry]:
             constants=dict(spec.constants),
             grid=spec.grid,
             toolkit=toolkit,
+            source_sha256=source_sha256(spec.function),
         )
         for spec in use.make_kernels().specs
     ]

@@ -16,11 +16,12 @@ from runtime.kernel_library import (
     KernelEntry,
     KernelLibrary,
     OpUse,
+    source_sha256,
 )
 
 SPEC = KernelSpec(
     name="k",
-    function="somewhere:k",
+    function="plugins.value_gather.kernel:k",
     arguments={"x": "*fp16", "n": "i32"},
     constants={"BLOCK": 64, "SELECT": False},
     grid=("ceil(n / 64)", "1", "1"),
@@ -52,6 +53,7 @@ def entry(target="sm89", name="k", toolkit="12.9"):
         constants=dict(SPEC.constants),
         grid=SPEC.grid,
         toolkit=toolkit,
+        source_sha256=source_sha256(SPEC.function),
     )
 
 
@@ -184,6 +186,7 @@ def test_bundle_without_kernels_says_how_to_build_them(tmp_path):
         ({"arguments": {"n": "i32", "x": "*fp16"}}, "by another version"),
         ({"grid": ("n", "1", "1")}, "by another version"),
         ({"num_warps": 8}, "by another version"),
+        ({"function": "plugins.expert_gather.kernel:k"}, "by another version"),
     ],
 )
 def test_kernels_of_another_specification_do_not_serve(written, changes, message):
