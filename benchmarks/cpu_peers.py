@@ -24,7 +24,6 @@ from runtime.backends.base import BackendUnavailableError
 from runtime.benchmark_report import (
     Result,
     describe_machine,
-    describe_versions,
     make_results,
     print_table,
 )
@@ -32,6 +31,7 @@ from runtime.benchmarking import Contender, measure_interleaved, open_backend_sy
 from runtime.bundle import Bundle, Variant
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
 from runtime.cpu_threads import CpuThreads
+from runtime.environment import describe_versions
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import Opener, System, SystemProcessError
 

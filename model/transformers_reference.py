@@ -135,11 +135,15 @@ class TransformersReference:
 
 
 class TransformersConversation:
-    """Sequences that grow side by side in transformers' cache."""
+    """Sequences that grow side by side in transformers' cache.
+
+    Attributes:
+        past: that cache, None before the first pass.
+    """
 
     def __init__(self, reference: TransformersReference) -> None:
         self._reference = reference
-        self._past: Any = None
+        self.past: Any = None
         self._mask: Ids | None = None
 
     def append(self, rows: Sequence[Ids], *, last_only: bool = False) -> list[Logits]:
@@ -150,10 +154,10 @@ class TransformersConversation:
             ids,
             self._mask,
             use_cache=True,
-            past_key_values=self._past,
+            past_key_values=self.past,
             logits_to_keep=int(last_only),
         )
-        self._past = output.past_key_values
+        self.past = output.past_key_values
         return _real(output.logits, rows)
 
 

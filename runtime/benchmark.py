@@ -14,7 +14,6 @@ from runtime.backends import BACKENDS
 from runtime.backends.base import BackendUnavailableError
 from runtime.benchmark_report import (
     describe_machine,
-    describe_versions,
     make_results,
     print_table,
 )
@@ -22,6 +21,7 @@ from runtime.benchmarking import Contender, Measurement, measure_interleaved, op
 from runtime.bundle import Bundle
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
 from runtime.cpu_threads import CpuThreads
+from runtime.environment import describe_versions
 from runtime.options import add_thread_flags, split_backend, threads_of
 from runtime.roofline import BandwidthMeter, step_bytes
 from runtime.system_process import SystemProcessError

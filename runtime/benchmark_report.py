@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -22,18 +19,9 @@ from runtime.benchmarking import (
     summarize,
 )
 from runtime.cpu_threads import usable_cpus
+from runtime.environment import cpu_name, proc_field, system_name
 from runtime.roofline import BandwidthMeter, last_cache_bytes
 
-# Distributions whose version may explain a number.
-_PACKAGES = (
-    "doge-tensorrt",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "torch",
-    "tensorrt",
-    "tensorrt-rtx-cu13",
-)
 _PIPED_WIDTH = 160
 
 
@@ -132,7 +120,7 @@ def make_results(
 def describe_machine(meter: BandwidthMeter) -> dict[str, Any]:
     """The CPU, its memory and the bandwidth measured in this run."""
     return {
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": system_name(),
         "cpu": cpu_name(),
         "cores": usable_cpus(),
         "memory_mb": _memory_mb(),
@@ -140,22 +128,6 @@ def describe_machine(meter: BandwidthMeter) -> dict[str, Any]:
         "read_threads": meter.threads,
         "read_gb_per_s": round(meter.bytes_per_s / 1e9, 2),
     }
-
-
-def cpu_name() -> str:
-    """What this machine calls its processor."""
-    return _proc_field("cpuinfo", "model name") or platform.processor()
-
-
-def describe_versions(*more: str) -> dict[str, str]:
-    """Python and those of the interesting packages, and of `more`, that are installed."""
-    found = {"python": platform.python_version()}
-    for name in (*_PACKAGES, *more):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def print_table(results: Sequence[Result], machine: dict[str, Any]) -> None:
@@ -221,15 +193,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _memory_mb() -> int | None:
-    total = _proc_field("meminfo", "MemTotal")
+    total = proc_field("meminfo", "MemTotal")
     return None if total is None else int(total.split()[0]) // 1024
-
-
-def _proc_field(file: str, name: str) -> str | None:
-    path = Path("/proc") / file
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    return None

@@ -1,133 +1,250 @@
-"""How far two backends are apart: python runtime/compare.py BUNDLE [BUNDLE2]."""
+"""How far two backends are apart, and where they part: python runtime/compare.py BUNDLE."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from model.config import UnsupportedModelError
-from runtime.backends import BACKENDS, open_backend
+from runtime.backends import BACKENDS
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
-from runtime.command import NEGATIVE, SUCCESS, CommandParser, print_json, run_command
+from runtime.command import NEGATIVE, SUCCESS, CommandParser, UsageError, print_json, run_command
 from runtime.comparison import (
-    ComparisonReport,
+    PUBLISHED,
+    Run,
+    TapName,
     TappedReport,
     bundle_taps,
-    check_same_checkpoint,
-    compare_backends,
+    check_comparable,
+    check_subjects,
     compare_runs,
-    print_tapped,
+    is_recorded,
+    load_run,
+    print_report,
     random_prompts,
+    recorded_run,
+    recorded_subject,
     run_rung,
-    variant_tolerance,
+    run_tolerance,
+    rung_of,
+    save_run,
 )
-from runtime.manifest import Variant
-from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids, split_backend
+from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids
+from runtime.scoring import split_windows
 
 ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 # The default prompts: seeded random ids.
 PROMPTS, PROMPT_LENGTH, PROMPT_SEED = 4, 16, 0
+STEPS, TEXT_TOKENS = 32, 2048
+REFERENCE, CANDIDATE = "torch", "onnxruntime"
 
 
 def make_parser() -> CommandParser:
     """The command's flags."""
-    parser = CommandParser("compare", "Compare the logits of two backends, step by step.")
+    parser = CommandParser("compare", "Compare two backends: how far apart, where, and why.")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle of the reference")
     parser.add_argument(
         "bundle2", type=Path, metavar="BUNDLE2", nargs="?", help="bundle of the candidate (same)"
     )
-    choices = ", ".join(BACKENDS)
+    choices = ", ".join((*BACKENDS, f"{PUBLISHED} (transformers' code)"))
     parser.add_argument(
-        "--reference", default="torch", metavar="BACKEND[:VARIANT]", help=f"one of {choices}"
+        "--reference", metavar="BACKEND[:VARIANT]", help=f"one of {choices} ({REFERENCE})"
     )
-    parser.add_argument(
-        "--candidate", default="onnxruntime", metavar="BACKEND[:VARIANT]", help="likewise"
-    )
+    parser.add_argument("--candidate", metavar="BACKEND[:VARIANT]", help=f"likewise ({CANDIDATE})")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
     parser.add_argument("--prompt-ids", action="append", type=parse_ids, metavar="1,2,3")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="UTF-8, one prompt a line")
-    parser.add_argument("--steps", type=int, default=32, help="decode steps after each prompt")
+    parser.add_argument("--steps", type=int, help=f"decode steps after each prompt ({STEPS})")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8; compare perplexity and distributions"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, metavar="N",
+        help=f"of the text, from its beginning ({TEXT_TOKENS}); all their logits are held",
+    )  # fmt: skip
     parser.add_argument(
         "--taps", metavar="all|NAME[,NAME...]",
         help="look inside as well: every named value, or layers.1.key, or key of every layer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save", type=Path, metavar="RUN",
+        help="write the reference's run with all its taps instead of comparing; with --load, the "
+        "candidate's, and compare",
+    )  # fmt: skip
+    parser.add_argument(
+        "--load", type=Path, metavar="RUN", action="append",
+        help="a saved run, or recorded results of published code, as the reference; its prompts "
+        "and tokens are fed to the candidate. Given twice, the second is the candidate",
     )  # fmt: skip
     parser.add_argument("--atol", type=float, help="absolute tolerance (a table by precision)")
     parser.add_argument("--rtol", type=float, help="relative tolerance (likewise)")
     return parser
 
 
+@dataclass(frozen=True)
+class Task:
+    """What to run and what to look at.
+
+    Attributes:
+        bundles: of the reference and of the candidate.
+        taps: what to record, empty for logits alone.
+        insist: whether those were asked for by name.
+    """
+
+    bundles: tuple[Bundle, Bundle]
+    taps: tuple[TapName, ...]
+    insist: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Task:
+        """Open what the flags name."""
+        bundle = Bundle.open(args.bundle)
+        other = bundle if args.bundle2 is None else Bundle.open(args.bundle2)
+        wanted = args.taps or ("all" if args.save or args.load else None)
+        taps = () if wanted is None else bundle_taps(bundle, wanted)
+        return cls((bundle, other), taps, args.taps not in (None, "all"))
+
+
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and tell the verdict by the exit status."""
+    _check_flags(args)
+    task = Task.of(args)
+    reference = _loaded(args.load[0], task) if args.load else _reference(args, task)
+    if args.save and not args.load:
+        return _save(reference, args)
+    if len(args.load or ()) == 2:
+        candidate = _loaded(args.load[1], task)
+    else:
+        candidate = _candidate(args, task, reference)
+    if args.save:
+        save_run(candidate, args.save)
+    check_comparable(reference, candidate)
+    atol, rtol = run_tolerance(reference, candidate, args.atol, args.rtol)
+    report = compare_runs(reference, candidate, task.bundles[0].config, atol=atol, rtol=rtol)
+    if args.json:
+        print_json(_document(report, reference, task, args))
+    else:
+        print_report(report)
+    return SUCCESS if report.verdict == "pass" else NEGATIVE
+
+
+def _check_flags(args: argparse.Namespace) -> None:
     one_kind(prompt=args.prompt, prompt_ids=args.prompt_ids, prompts=args.prompts)
-    bundle = Bundle.open(args.bundle)
-    other = bundle if args.bundle2 is None else Bundle.open(args.bundle2)
-    names = [split_backend(args.reference), split_backend(args.candidate)]
-    variants = [b.variant(*name) for b, name in zip((bundle, other), names, strict=True)]
-    atol, rtol = args.atol, args.rtol
-    if atol is None or rtol is None:
-        usual = max(map(variant_tolerance, variants))
-        atol, rtol = (b if a is None else a for a, b in zip((atol, rtol), usual, strict=True))
-    prompts = list(_prompts(args, bundle))
-    if args.taps is not None:
-        tapped = _compare_inside((bundle, other), variants, prompts, args, (atol, rtol))
-        return _tell(tapped, args)
-    reference, candidate = (
-        open_backend(variant.backend, b, variant=variant.name)
-        for b, variant in zip((bundle, other), variants, strict=True)
+    loads = args.load or []
+    if len(loads) > 2:
+        raise UsageError("--load is given at most twice: the reference, then the candidate")
+    if args.text_tokens is not None and args.text is None:
+        raise UsageError("--text-tokens belongs to --text")
+    decided = ["prompt", "prompt_ids", "prompts", "steps", "text", "reference"] if loads else []
+    if len(loads) == 2:
+        decided += ["candidate", "save"]
+    if args.save and not loads:
+        decided += ["candidate"]
+    given = [f"--{n.replace('_', '-')}" for n in decided if getattr(args, n) is not None]
+    if args.bundle2 is not None and (loads or args.save):
+        given.append("BUNDLE2")
+    if given:
+        flag = f"--load {loads[0]}" if loads else "--save without --load"
+        raise UsageError(f"{flag} decides what is run and fed; leave out {', '.join(given)}")
+    for name in ("atol", "rtol"):
+        value = getattr(args, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+
+
+def _reference(args: argparse.Namespace, task: Task) -> Run:
+    bundle = task.bundles[0]
+    rung = rung_of(bundle, args.reference or REFERENCE)
+    if not args.save:  # before any long work
+        check_subjects(rung.subject, rung_of(task.bundles[1], args.candidate or CANDIDATE).subject)
+    steps = STEPS if args.steps is None else args.steps
+    prompts = _prompts(args, bundle, steps)
+    windows = _windows(args, bundle)
+    return run_rung(rung, task.taps, prompts, steps, windows=windows, insist=task.insist)
+
+
+def _candidate(args: argparse.Namespace, task: Task, reference: Run) -> Run:
+    rung = rung_of(task.bundles[1], args.candidate or CANDIDATE)
+    check_subjects(reference.subject, rung.subject)
+    there = tuple(tap for tap in task.taps if tap.name in reference.taps)
+    return run_rung(
+        rung,
+        task.taps if task.insist or there else (),
+        [prompt.prompt for prompt in reference.prompts],
+        reference.steps,
+        tokens=[prompt.tokens for prompt in reference.prompts],
+        windows=() if reference.text is None else reference.text.windows,
+        insist=task.insist,
     )
-    report = compare_backends(
-        reference,
-        candidate,
-        prompts,
-        args.steps,
-        atol=atol,
-        rtol=rtol,
-    )
-    reference.close()
-    candidate.close()
+
+
+def _loaded(path: Path, task: Task) -> Run:
+    bundle = task.bundles[0]
+    recorded = is_recorded(path)
+    found = recorded_run(path, recorded_subject(bundle)) if recorded else load_run(path)
+    check_subjects(found.subject, rung_of(bundle, _any_backend(bundle)).subject)
+    lacking = [tap.name for tap in task.taps if tap.name not in found.taps]
+    if task.insist and lacking:
+        raise ValueError(f"the run {path} holds no {', '.join(lacking)}; save it with those")
+    return found
+
+
+def _any_backend(bundle: Bundle) -> str:
+    variant = bundle.manifest.variants[0]
+    return f"{variant.backend}:{variant.name}"
+
+
+def _save(found: Run, args: argparse.Namespace) -> int:
+    save_run(found, args.save)
+    told: dict[str, Any] = {
+        "run": str(args.save),
+        "rung": found.subject.rung,
+        "prompts": len(found.prompts),
+        "steps": found.steps,
+        "taps": list(found.taps),
+        "missing_taps": list(found.missing),
+    }
     if args.json:
-        print_json(report.as_dict())
+        print_json(told)
     else:
-        _print(report)
-        print(f"{report.verdict}: {report.reason}")
-    return SUCCESS if report.verdict == "pass" else NEGATIVE
+        print(
+            f"{args.save}: {found.subject.rung}, {len(found.prompts)} prompts, {found.steps} "
+            f"steps, {len(found.taps)} taps; compare with --load {args.save}"
+        )
+    return SUCCESS
 
 
-def _compare_inside(
-    bundles: tuple[Bundle, Bundle],
-    variants: Sequence[Variant],
-    prompts: Sequence[Sequence[int]],
-    args: argparse.Namespace,
-    tolerance: tuple[float, float],
-) -> TappedReport:
-    check_same_checkpoint(*bundles)
-    insist = args.taps != "all"
-    taps = bundle_taps(bundles[0], args.taps)
-    reference = run_rung(bundles[0], variants[0], taps, prompts, args.steps, insist=insist)
-    fed = [prompt.tokens for prompt in reference.prompts]
-    candidate = run_rung(
-        bundles[1], variants[1], taps, prompts, args.steps, tokens=fed, insist=insist
-    )
-    atol, rtol = tolerance
-    return compare_runs(reference, candidate, bundles[0].config, atol=atol, rtol=rtol)
+def _document(
+    report: TappedReport, reference: Run, task: Task, args: argparse.Namespace
+) -> dict[str, Any]:
+    tokenizer = open_tokenizer(task.bundles[0])
+    decode = None if tokenizer is None else tokenizer.decode
+    found = report.as_dict(decode)
+    loaded = len(args.load or ())
+    found["rungs"]["reference"]["source"] = "loaded" if loaded else "here"
+    found["rungs"]["candidate"]["source"] = "loaded" if loaded > 1 else "here"
+    return found | {
+        "command": shlex.join(["compare.py", *args.command]),
+        "prompts": [
+            {
+                "ids": list(prompt.prompt),
+                "text": None if decode is None else decode(prompt.prompt),
+            }
+            for prompt in reference.prompts
+        ],
+    }
 
 
-def _tell(report: TappedReport, args: argparse.Namespace) -> int:
-    if args.json:
-        print_json(report.as_dict())
-    else:
-        _print(report.logits)
-        print_tapped(report)
-    return SUCCESS if report.verdict == "pass" else NEGATIVE
-
-
-def _prompts(args: argparse.Namespace, bundle: Bundle) -> Iterator[list[int]]:
+def _prompts(args: argparse.Namespace, bundle: Bundle, steps: int) -> list[list[int]]:
     if args.prompt_ids:
-        yield from args.prompt_ids
-        return
+        return list(args.prompt_ids)
     texts = args.prompt
     if args.prompts is not None:
         texts = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line]
@@ -135,30 +252,35 @@ def _prompts(args: argparse.Namespace, bundle: Bundle) -> Iterator[list[int]]:
             raise ValueError(f"{args.prompts} holds no prompt; write one a line")
     if texts:
         tokenizer = need_tokenizer(open_tokenizer(bundle), "a text prompt")
-        yield from (tokenizer.encode(text) for text in texts)
-        return
-    length = max(1, min(PROMPT_LENGTH, bundle.limits.max_seq_len - args.steps))
-    yield from random_prompts(bundle.config.vocab_size, PROMPTS, length, PROMPT_SEED)
+        return [tokenizer.encode(text) for text in texts]
+    length = max(1, min(PROMPT_LENGTH, bundle.limits.max_seq_len - steps))
+    return random_prompts(bundle.config.vocab_size, PROMPTS, length, PROMPT_SEED)
 
 
-def _print(report: ComparisonReport) -> None:
-    print(f"{report.candidate} against {report.reference}, {report.positions} positions")
-    print(f"largest difference  {report.max_abs:.3g}")
-    print(f"mean difference     {report.mean_abs:.3g}")
-    print(f"KL divergence       {report.kl_max:.3g} at most, {report.kl_mean:.3g} on average, nats")
-    print(f"same greedy token   {report.top1_agreement:.2%}")
-    if report.first_divergence is not None:
-        where = report.first_divergence
-        print(
-            f"first other token   prompt {where.prompt}, step {where.step}: "
-            f"{where.reference_token} (margin {where.reference_margin:.3g}) became "
-            f"{where.candidate_token} (margin {where.candidate_margin:.3g})"
-        )
+def _windows(args: argparse.Namespace, bundle: Bundle) -> list[list[int]]:
+    """The first tokens of the text in windows of the context; none without a text."""
+    if args.text is None:
+        return []
+    tokenizer = need_tokenizer(open_tokenizer(bundle), "--text")
+    count = TEXT_TOKENS if args.text_tokens is None else args.text_tokens
+    if count < 2:
+        raise ValueError(f"--text-tokens must be at least 2, got {count}")
+    text = args.text.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_special_tokens=False)[:count]
+    if not ids:
+        raise ValueError(f"{args.text} holds no text; give a file with some words")
+    limits = bundle.limits
+    mixed = bundle.manifest.router_mode == "mixed"
+    longest = limits.max_input_len if mixed else limits.max_seq_len
+    return split_windows(ids, longest, tokenizer.bos_token_id)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(make_parser(), run, argv, ERRORS)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    parser.set_defaults(command=arguments)
+    return run_command(parser, run, arguments, ERRORS)
 
 
 if __name__ == "__main__":

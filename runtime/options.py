@@ -48,15 +48,19 @@ def threads_of(args: argparse.Namespace) -> CpuThreads:
     return threads
 
 
-def split_backend(name: str) -> tuple[str, str | None]:
+def split_backend(name: str, *, also: Sequence[str] = ()) -> tuple[str, str | None]:
     """`BACKEND[:VARIANT]` as backend and variant, None where the backend's first is meant.
+
+    Args:
+        name: what was given.
+        also: what the caller takes besides backends, for the error's list.
 
     Raises:
         ValueError: there is no such backend; lists those there are.
     """
     backend, _, variant = name.partition(":")
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {backend!r}; there are {', '.join((*BACKENDS, *also))}")
     return backend, variant or None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.command_calls import Built, Call, Main, Outcome, build_bundle
 from tests.stand_in_driver import StandInDriver, compile_driver
 from tests.tiny_doge import MOE, write_checkpoint
 
@@ -59,3 +61,36 @@ def stand_in_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stand_in_driver(stand_in_library: Path, tmp_path: Path) -> StandInDriver:
     """A stand-in for the NVIDIA driver that writes down what it is asked."""
     return StandInDriver(library=stand_in_library, folder=tmp_path)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command's `main` with these arguments."""
+
+    def run(main: Main, *arguments: object) -> Outcome:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Outcome(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def moe_bundle(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Random experts, no tokenizer, no engine."""
+    path = tmp_path_factory.mktemp("bundles") / "moe"
+    arguments = ("--backend", "none", "--router", "per_token", "--output", path)
+    return Built(path, build_bundle("--model", tiny_moe, *arguments))
+
+
+@pytest.fixture(scope="session")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The bundled checkpoint, which has a tokenizer."""
+    path = tmp_path_factory.mktemp("bundles") / "doge-tiny"
+    return Built(path, build_bundle("--backend", "none", "--output", path))
+
+
+@pytest.fixture
+def copied(moe_bundle: Built, tmp_path: Path) -> Path:
+    """A copy of the bundle of experts, free to be changed."""
+    return shutil.copytree(moe_bundle.path, tmp_path / "elsewhere" / "copy")

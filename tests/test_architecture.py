@@ -64,6 +64,7 @@ DYNAMIC_IMPORTS = (
     "runtime/tensorrt_module.py",
     "runtime/backends/__init__.py",
     "runtime/audit.py",
+    "runtime/comparison/published.py",
     "runtime/gpu_checks/kernel_reference.py",
     "export/dogetrt.py",
     "export/kernel_compiler.py",

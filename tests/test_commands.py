@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import export.pipeline
 from export import build_engine
 from export.engine import EngineBuildError
-from model.checkpoint import inspect_checkpoint
 from runtime import compare, generate, score
-from runtime.command import FAILURE, INTERRUPTED, NEGATIVE, SUCCESS, USAGE
+from runtime.command import FAILURE, INTERRUPTED, SUCCESS, USAGE
 from runtime.cpu_threads import usable_cpus
+from tests.command_calls import Built, Call, build_bundle
 from tests.tiny_doge import BASE_CONFIG
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,47 +36,6 @@ HOT = ("--temperature", 20)
 Main = Callable[[Sequence[str]], int]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did: exit status and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The one JSON object on stdout."""
-        result: dict[str, Any] = json.loads(self.out)
-        return result
-
-
-@dataclass(frozen=True)
-class Built:
-    """A bundle and what the build printed about it; not to be changed."""
-
-    path: Path
-    report: dict[str, Any]
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-Call = Callable[..., Outcome]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs a command's `main` with these arguments."""
-
-    def run(main: Main, *arguments: object) -> Outcome:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        return Outcome(status, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture
 def generated(call: Call) -> Callable[..., list[dict[str, Any]]]:
     """The outputs of generate with these arguments, which must succeed."""
@@ -91,36 +47,6 @@ def generated(call: Call) -> Callable[..., list[dict[str, Any]]]:
         return outputs
 
     return run
-
-
-def _build(*arguments: object) -> dict[str, Any]:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        status = build_engine.main([*map(str, arguments), "--json", "--quiet"])
-    assert status == SUCCESS, printed.getvalue()
-    report: dict[str, Any] = json.loads(printed.getvalue())
-    return report
-
-
-@pytest.fixture(scope="session")
-def moe_bundle(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Random experts, no tokenizer, no engine."""
-    path = tmp_path_factory.mktemp("bundles") / "moe"
-    arguments = ("--backend", "none", "--router", "per_token", "--output", path)
-    return Built(path, _build("--model", tiny_moe, *arguments))
-
-
-@pytest.fixture(scope="session")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The bundled checkpoint, which has a tokenizer."""
-    path = tmp_path_factory.mktemp("bundles") / "doge-tiny"
-    return Built(path, _build("--backend", "none", "--output", path))
-
-
-@pytest.fixture
-def copied(moe_bundle: Built, tmp_path: Path) -> Path:
-    """A copy of the bundle of experts, free to be changed."""
-    return shutil.copytree(moe_bundle.path, tmp_path / "elsewhere" / "copy")
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -178,7 +104,7 @@ def test_an_engine_has_a_layer_for_each_part_and_says_what_it_lacks_to_run(
 ) -> None:
     path = tmp_path / "engine"
     arguments = ("--model", tiny_dense, "--output", path, "--backend", "tensorrt_rtx")
-    report = _build(*arguments, "--target", "sm89")
+    report = build_bundle(*arguments, "--target", "sm89")
     engine = report["engine"]
     assert engine["backend"] == "tensorrt_rtx"
     assert engine["targets"] == ["sm89"]
@@ -692,106 +618,3 @@ def test_flags_of_score_that_do_not_fit_are_wrong_usage(
         outcome = call(score.main, text_bundle, *flags)
         assert outcome.status == USAGE
         assert named in outcome.err
-
-
-# --- compare -------------------------------------------------------------------------------------
-
-
-def test_compare_of_the_cpu_backends_passes(call: Call, moe_bundle: Built) -> None:
-    outcome = call(compare.main, moe_bundle, "--steps", 8, "--json")
-    assert outcome.status == SUCCESS, outcome.err
-    report = outcome.report
-    assert set(report) == {
-        "reference",
-        "candidate",
-        "steps",
-        "taps",
-        "logits",
-        "first_divergence",
-        "verdict",
-        "reason",
-    }
-    assert report["reference"] == "torch:fp32"
-    assert report["candidate"] == "onnxruntime:fp32"
-    assert report["steps"] == 8
-    assert report["taps"] == []
-    assert report["verdict"] == "pass"
-    assert report["first_divergence"] is None
-    assert set(report["logits"]) == {"max_abs", "mean_abs", "kl_max", "kl_mean", "top1_agreement"}
-    assert report["logits"]["top1_agreement"] == 1
-    assert report["logits"]["max_abs"] < 1e-3
-
-
-def test_compare_with_altered_weights_is_a_negative_verdict(
-    call: Call, moe_bundle: Built, copied: Path
-) -> None:
-    _alter_weights(copied / "checkpoint")
-    flags = ("--candidate", "torch", "--prompt-ids", PROMPTS[0], "--steps", 8, "--json")
-    strict = call(compare.main, moe_bundle, copied, *flags, "--atol", 1e-9, "--rtol", 0)
-    assert strict.status == NEGATIVE
-    assert strict.report["verdict"] == "fail"
-    assert strict.report["logits"]["max_abs"] > 0.1
-    assert "tolerance" in strict.report["reason"]
-    lenient = call(compare.main, moe_bundle, copied, *flags, "--atol", 1000)
-    assert lenient.status == SUCCESS
-    assert lenient.report["verdict"] == "pass"
-    assert lenient.report["logits"] == strict.report["logits"]
-
-
-def _alter_weights(checkpoint: Path) -> None:
-    file = checkpoint / "model.safetensors"
-    size = file.stat().st_size
-    generator = np.random.default_rng(0)
-    tensors = {
-        name: (tensor + 0.1 * generator.standard_normal(tensor.shape)).astype(tensor.dtype)
-        for name, tensor in load_file(file).items()
-    }
-    file.unlink()
-    save_file(tensors, file)
-    assert file.stat().st_size == size, "the manifest gives the size, so it must stay"
-    inspect_checkpoint(checkpoint, None)
-
-
-def test_compare_with_taps_looks_inside_both(call: Call, moe_bundle: Built) -> None:
-    outcome = call(compare.main, moe_bundle, "--steps", 4, "--taps", "all", "--json")
-    assert outcome.status == SUCCESS, outcome.err
-    report = outcome.report
-    taps = {tap["tap"]: tap for tap in report["taps"]}
-    assert next(iter(taps)) == "embedding"
-    assert list(taps)[-2:] == ["logits", "token"]
-    assert {"layers.1.experts", "layers.1.cached_key", "layers.0.score"} <= set(taps)
-    assert all(tap["parting"] == 0 for tap in report["taps"])
-    assert report["missing_taps"]["layers.0.query"] == ["onnxruntime:fp32"]
-    assert (report["verdict"], report["first_divergence"]) == ("pass", None)
-    assert report["tapping_changed"]["reference"] == 0
-
-
-def test_compare_of_kinds_of_taps_keeps_to_them(call: Call, moe_bundle: Built) -> None:
-    outcome = call(
-        compare.main, moe_bundle, "--steps", 1, "--taps", "output,layers.1.key", "--json"
-    )
-    assert outcome.status == SUCCESS, outcome.err
-    names = [tap["tap"] for tap in outcome.report["taps"]]
-    assert names == ["layers.0.output", "layers.1.key", "layers.1.output", "layers.2.output"]
-
-
-@pytest.mark.parametrize(
-    ("taps", "told"),
-    [
-        ("layers.0.query", "onnxruntime:fp32 gives no layers.0.query"),
-        ("layers.9.key", "has no tap layers.9.key"),
-        (",", "has no tap"),
-    ],
-)
-def test_compare_of_a_tap_that_is_not_there_is_an_error(
-    call: Call, moe_bundle: Built, taps: str, told: str
-) -> None:
-    outcome = call(compare.main, moe_bundle, "--steps", 1, "--taps", taps)
-    assert outcome.status == FAILURE
-    assert told in outcome.err
-
-
-def test_compare_with_an_unknown_backend_is_an_error(call: Call, moe_bundle: Built) -> None:
-    outcome = call(compare.main, moe_bundle, "--candidate", "abacus")
-    assert outcome.status == FAILURE
-    assert "unknown backend 'abacus'" in outcome.err

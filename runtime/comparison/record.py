@@ -7,7 +7,7 @@ from a tapped one, which a compiler may have fused differently; both get the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from runtime.backends.base import Backend, Cache, Ids, Logits
 from runtime.comparison.taps import CACHED, CHOICES, LOGITS, TOKEN, TapName
+from runtime.comparison.text import TextRun, record_text
 
 Values = Mapping[str, npt.NDArray[np.float32]]
 # Axis of the new tokens in a value of one row, by kind; 0 for those that are [S, H].
@@ -33,6 +34,9 @@ class Subject:
         generation: of the checkpoint.
         max_input_len: most tokens of one pass.
         max_seq_len: C, cache slots of the bundle.
+        router_mode: `mixed` or `per_token`, None for a dense model.
+        versions: package to version, where it ran.
+        machine: what the machine calls itself.
     """
 
     rung: str
@@ -42,6 +46,9 @@ class Subject:
     generation: str
     max_input_len: int
     max_seq_len: int
+    router_mode: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class PromptRun:
         logits: [steps + 1, V] float32, untapped.
         tapped_logits: likewise of the tapped backend, None where nothing was tapped.
         values: the named values of each step, without the batch's axis.
+        own_tokens: [steps + 1] int64, what the rung generates greedily when it is fed its own; None
+            where that is not known.
     """
 
     prompt: tuple[int, ...]
@@ -61,6 +70,7 @@ class PromptRun:
     logits: Logits
     tapped_logits: Logits | None
     values: tuple[Values, ...]
+    own_tokens: Ids | None = None
 
     def first_slot(self, step: int) -> int:
         """The slot of a step's first token."""
@@ -77,6 +87,7 @@ class Run:
         taps: names that were asked for and are there, choices that can be derived included.
         missing: names that were asked for and that the rung does not give.
         prompts: one result each.
+        text: what it gave for a text, None where there was none.
     """
 
     subject: Subject
@@ -84,6 +95,7 @@ class Run:
     taps: tuple[str, ...]
     missing: tuple[str, ...]
     prompts: tuple[PromptRun, ...]
+    text: TextRun | None = None
 
     @property
     def tapping_changed(self) -> float | None:
@@ -105,6 +117,7 @@ def record_run(
     steps: int,
     *,
     tokens: Sequence[Ids] | None = None,
+    windows: Sequence[Sequence[int]] = (),
     before_step: Callable[[Backend, Cache, int], None] | None = None,
 ) -> Run:
     """Run a rung, teacher-forced.
@@ -118,6 +131,7 @@ def record_run(
         steps: decode steps after each prefill.
         tokens: [steps] for each prompt, what another run was fed; None for the rung's own greedy
             tokens.
+        windows: those of a text (`runtime.scoring.split_windows`), each scored alone.
         before_step: is called before each step (0 is the prefill), for tests that spoil a cache.
 
     Raises:
@@ -143,6 +157,7 @@ def record_run(
                 logits=logits,
                 tapped_logits=seen,
                 values=values,
+                own_tokens=_own_tokens(untapped, prompt, fed, logits),
             )
         )
     given = found[0].values[0].keys() if tapped is not None else ()
@@ -153,7 +168,18 @@ def record_run(
         taps=tuple(tap.name for tap in taps if tap.name in there),
         missing=tuple(tap.name for tap in taps if tap.name not in there),
         prompts=tuple(found),
+        text=record_text(untapped, windows) if windows else None,
     )
+
+
+def _own_tokens(backend: Backend, prompt: Sequence[int], fed: Ids, logits: Logits) -> Ids:
+    """What the rung generates by itself; it runs again only where it was fed something else."""
+    chosen: Ids = logits.argmax(-1).astype(np.int64)
+    if (chosen[:-1] == fed).all():
+        return chosen
+    again, own, _ = _run_prompt(backend, (), prompt, len(fed), None, None)
+    last: Ids = again[-1:].argmax(-1).astype(np.int64)
+    return np.concatenate([own, last])
 
 
 def _source(tap: TapName) -> str:

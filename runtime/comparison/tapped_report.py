@@ -1,4 +1,4 @@
-"""The report of two tapped runs: verdict, first divergence, each tap's worst; JSON or table."""
+"""The report of two runs: verdict, first divergence, each tap's worst, text; as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from model.config import DogeConfig
+from runtime.comparison.free_running import Decode, FreeRunning, compare_free_running
 from runtime.comparison.logits import ComparisonReport, logits_report
 from runtime.comparison.metrics import json_number
-from runtime.comparison.record import Run
-from runtime.comparison.tolerances import coarser
+from runtime.comparison.record import Run, Subject
+from runtime.comparison.text import TextComparison, compare_text
+from runtime.comparison.tolerances import TOLERANCES, coarser
 from runtime.comparison.verdict import TapDifference, differences, growth
 
 
@@ -46,41 +48,96 @@ class TappedReport:
     """Two runs compared.
 
     Attributes:
+        reference: what was right by definition.
+        candidate: what was in question.
         logits: of the untapped runs.
+        differences: every tap at every step, in the order (step, tap, prompt).
         taps: one summary each, in the order in which they are computed.
         missing: taps that were wanted and not compared, with the rungs that lack them.
         first: the first tap that parts, None where none does.
         growth: relative error of the residual stream behind each layer, at that step.
         tapping_changed: by how much taps alone moved each rung's logits.
+        free_running: what each rung generates by itself, empty where that is not known.
+        text: both rungs on a text, None where there was none.
         verdict: `fail` where a number is over tolerance or not finite, or a choice differs that is
             no near tie.
         reason: the verdict in a sentence.
     """
 
+    reference: Subject
+    candidate: Subject
     logits: ComparisonReport
+    differences: tuple[TapDifference, ...]
     taps: tuple[TapSummary, ...]
     missing: dict[str, tuple[str, ...]]
     first: TapDifference | None
     growth: tuple[float | None, ...]
     tapping_changed: tuple[float | None, float | None]
+    free_running: tuple[FreeRunning, ...]
+    text: TextComparison | None
     verdict: Literal["pass", "fail"]
     reason: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form of the command's contract, with what taps add to it."""
+    def as_dict(self, decode: Decode | None = None) -> dict[str, Any]:
+        """The JSON form of the command's contract, with what runs add to it (docs/compare.md).
+
+        Args:
+            decode: turns tokens into text, where there is a tokenizer.
+        """
         found = self.logits.as_dict()
         token = found["first_divergence"]
+        first = None if self.first is None else self.first.as_dict()
+        sides = ("reference", "candidate")
         changed = [None if v is None else json_number(v) for v in self.tapping_changed]
+        rungs = [
+            {
+                "rung": subject.rung,
+                "precision": subject.precision,
+                "tapped": moved is not None,
+                "versions": dict(subject.versions),
+                "machine": dict(subject.machine),
+                "weights_sha256": subject.weights_sha256,
+                "generation": subject.generation,
+                "max_input_len": subject.max_input_len,
+                "max_seq_len": subject.max_seq_len,
+                "router_mode": subject.router_mode,
+            }
+            for subject, moved in zip(
+                (self.reference, self.candidate), self.tapping_changed, strict=True
+            )
+        ]
         return found | {
             "taps": [tap.as_dict() for tap in self.taps],
             "missing_taps": {name: list(rungs) for name, rungs in self.missing.items()},
-            "first_divergence": None if self.first is None else self.first.as_dict(),
+            "first_divergence": first if self.taps else token,
             "growth": list(self.growth),
             "first_token": token,
-            "tapping_changed": dict(zip(("reference", "candidate"), changed, strict=True)),
+            "tapping_changed": dict(zip(sides, changed, strict=True)),
+            "rungs": dict(zip(sides, rungs, strict=True)),
+            "free_running": [found.as_dict(decode) for found in self.free_running],
+            "text": None if self.text is None else self.text.as_dict(),
             "verdict": self.verdict,
             "reason": self.reason,
         }
+
+
+def run_tolerance(
+    reference: Run, candidate: Run, atol: float | None, rtol: float | None
+) -> tuple[float, float]:
+    """Tolerance of logits, (atol, rtol): what is given, else by the coarser precision of the two.
+
+    Raises:
+        ValueError: a precision that no tolerance is known for.
+    """
+    if atol is not None and rtol is not None:
+        return atol, rtol
+    names = {run.subject.precision for run in (reference, candidate)}
+    if unknown := sorted(names - TOLERANCES.keys()):
+        raise ValueError(
+            f"no tolerance is known for {', '.join(unknown)}; name one by --atol and --rtol"
+        )
+    usual = max(TOLERANCES[name] for name in names)
+    return usual[0] if atol is None else atol, usual[1] if rtol is None else rtol
 
 
 def compare_runs(
@@ -105,32 +162,49 @@ def compare_runs(
     by_place = {(d.prompt, d.step, d.tap): d for d in found}
     errors = () if first is None else tuple(growth(by_place, first.prompt, first.step))
     over = [d for d in found if d.parts and not d.near_tie]
-    passes = not over and logits.verdict == "pass"
+    text = None
+    if reference.text is not None and candidate.text is not None:
+        text = compare_text(reference.text, candidate.text, atol=atol, rtol=rtol)
+    passes = not over and logits.verdict == "pass" and (text is None or text.of_tolerance <= 1)
     missing = {
         name: tuple(run.subject.rung for run in (reference, candidate) if name in run.missing)
         for name in dict.fromkeys((*reference.missing, *candidate.missing))
     }
     return TappedReport(
+        reference=reference.subject,
+        candidate=candidate.subject,
         logits=logits,
+        differences=tuple(found),
         taps=_summaries(found),
         missing=missing,
         first=first,
         growth=errors,
         tapping_changed=(reference.tapping_changed, candidate.tapping_changed),
+        free_running=compare_free_running(reference, candidate),
+        text=text,
         verdict="pass" if passes else "fail",
-        reason=_reason(first, logits, len(over), passes=passes),
+        reason=_reason(first, logits, text, len(over), passes=passes, tapped=bool(found)),
     )
 
 
 def _reason(
-    first: TapDifference | None, logits: ComparisonReport, over: int, *, passes: bool
+    first: TapDifference | None,
+    logits: ComparisonReport,
+    text: TextComparison | None,
+    over: int,
+    *,
+    passes: bool,
+    tapped: bool,
 ) -> str:
+    told = logits.reason if text is None else f"{logits.reason}; {text.sentence()}"
+    if not tapped:
+        return told
     if first is None:
-        return f"no tap is over its tolerance; logits: {logits.reason}"
+        return f"no tap is over its tolerance; logits: {told}"
     if passes:
-        return f"only near ties part, first {first.sentence()}; logits: {logits.reason}"
+        return f"only near ties part, first {first.sentence()}; logits: {told}"
     follows = f"; {over} comparisons are over tolerance in all" if over > 1 else ""
-    return f"first {first.sentence()}{follows}; logits: {logits.reason}"
+    return f"first {first.sentence()}{follows}; logits: {told}"
 
 
 def _summaries(found: Sequence[TapDifference]) -> tuple[TapSummary, ...]:
@@ -146,27 +220,3 @@ def _summaries(found: Sequence[TapDifference]) -> tuple[TapSummary, ...]:
         )
         for group in groups.values()
     )
-
-
-def print_tapped(report: TappedReport) -> None:
-    """Print each tap's worst, what is missing, and the verdict."""
-    width = max((len(tap.worst.tap) for tap in report.taps), default=3)
-    print(f"{'tap':{width}}  {'error':>9}  {'relative':>9}  {'of limit':>9}  {'at':>8}  parting")
-    for tap in report.taps:
-        worst = tap.worst
-        ties = f" ({tap.near_ties} near ties)" if tap.near_ties else ""
-        print(
-            f"{worst.tap:{width}}  {worst.error:9.3g}  {worst.relative:9.3g}  "
-            f"{worst.of_tolerance:9.3g}  {worst.prompt:>3}:{worst.step:<4}  "
-            f"{tap.parting}/{tap.compared}{ties}"
-        )
-    for name, rungs in report.missing.items():
-        print(f"not compared: {name}, which {' and '.join(rungs)} does not give")
-    if report.growth:
-        grown = ", ".join("none" if e is None else f"{e:.2g}" for e in report.growth)
-        print(f"relative error behind each layer at that step: {grown}")
-    rungs = (report.logits.reference, report.logits.candidate)
-    for name, changed in zip(rungs, report.tapping_changed, strict=True):
-        told = "was not tapped" if changed is None else f"moved its logits by {changed:.3g}"
-        print(f"tapping {name}: {told}" if changed is not None else f"{name} {told}")
-    print(f"{report.verdict}: {report.reason}")

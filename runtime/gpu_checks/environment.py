@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.benchmark_report import cpu_name, describe_versions
+from runtime.environment import cpu_name, describe_versions
 from runtime.gpu_checks.device import DeviceFacts
 from runtime.gpu_checks.section import CheckedBundle, Report, Subject
 
