@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -374,3 +375,46 @@ def test_recorded_results_of_published_code_are_a_reference(
     outcome = call(compare.main, bundle, "--load", tmp_path / "short.npz")
     assert outcome.status == FAILURE
     assert "expected [19, 97]" in outcome.err
+
+
+# --- what one rung cannot do ---------------------------------------------------------------------
+
+
+def test_prompts_of_several_passes_are_compared_whole(
+    call: Call, tiny_moe: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "chunked"
+    flags = ("--backend", "none", "--router", "per_token", "--max-input-len", 8)
+    build_bundle("--model", tiny_moe, *flags, "--output", bundle)
+    prompt = ",".join(str(i) for i in range(1, 21))
+    outcome = call(
+        compare.main, bundle, "--prompt-ids", prompt, "--steps", 2, "--taps", "all", "--json"
+    )
+    assert outcome.status == SUCCESS, outcome.err
+    taps = {tap["tap"]: tap for tap in outcome.report["taps"]}
+    assert outcome.report["first_divergence"] is None
+    assert taps["layers.1.mlp_output"]["compared"] == 3
+    assert taps["layers.1.key"]["error"] > 0, "two computations, so not the same bits everywhere"
+
+
+def test_looking_into_a_model_without_onnx_says_what_to_install(
+    call: Call, moe_bundle: Built, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name)
+    )
+    outcome = call(compare.main, moe_bundle, "--steps", 1, "--taps", "all")
+    assert outcome.status == FAILURE
+    assert "doge-tensorrt[export]" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--atol", "-1"), ("--rtol", "inf"), ("--atol", "nan")]
+)
+def test_a_tolerance_that_is_none_is_refused(
+    call: Call, moe_bundle: Built, flag: str, value: str
+) -> None:
+    outcome = call(compare.main, moe_bundle, f"{flag}={value}")
+    assert outcome.status == FAILURE
+    assert "must be a finite number of at least 0" in outcome.err
