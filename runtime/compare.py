@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import shlex
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import UnsupportedModelError
+from model.config import DogeConfig, UnsupportedModelError
 from runtime.backends import BACKENDS
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
@@ -36,8 +37,13 @@ from runtime.comparison import (
     rung_of,
     save_run,
 )
+from runtime.comparison.inside import InsideReport, look_inside, print_inside
+from runtime.comparison.page import write_page
+from runtime.comparison.repro import Side, check_folder, side_of, write_repro
 from runtime.options import need_tokenizer, one_kind, open_tokenizer, parse_ids
 from runtime.scoring import split_windows
+
+logger = logging.getLogger("runtime.compare")
 
 ERRORS = (BackendUnavailableError, OSError, UnsupportedModelError, ValueError)
 # The default prompts: seeded random ids.
@@ -83,6 +89,17 @@ def make_parser() -> CommandParser:
         help="a saved run, or recorded results of published code, as the reference; its prompts "
         "and tokens are fed to the candidate. Given twice, the second is the candidate",
     )  # fmt: skip
+    parser.add_argument(
+        "--inside", action="store_true",
+        help="which keys every head keeps, how old they are, and how often each expert is used",
+    )  # fmt: skip
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one self-contained page"
+    )
+    parser.add_argument(
+        "--repro", type=Path, metavar="DIR",
+        help="where the verdict is fail, write the smallest piece that still differs",
+    )  # fmt: skip
     parser.add_argument("--atol", type=float, help="absolute tolerance (a table by precision)")
     parser.add_argument("--rtol", type=float, help="relative tolerance (likewise)")
     return parser
@@ -102,12 +119,18 @@ class Task:
     taps: tuple[TapName, ...]
     insist: bool
 
+    @property
+    def config(self) -> DogeConfig:
+        """The architecture."""
+        return self.bundles[0].config
+
     @classmethod
     def of(cls, args: argparse.Namespace) -> Task:
         """Open what the flags name."""
         bundle = Bundle.open(args.bundle)
         other = bundle if args.bundle2 is None else Bundle.open(args.bundle2)
-        wanted = args.taps or ("all" if args.save or args.load else None)
+        looks = args.save or args.load or args.inside or args.html or args.repro
+        wanted = args.taps or ("all" if looks else None)
         taps = () if wanted is None else bundle_taps(bundle, wanted)
         return cls((bundle, other), taps, args.taps not in (None, "all"))
 
@@ -115,23 +138,39 @@ class Task:
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and tell the verdict by the exit status."""
     _check_flags(args)
+    if args.repro:
+        check_folder(args.repro)
     task = Task.of(args)
-    reference = _loaded(args.load[0], task) if args.load else _reference(args, task)
-    if args.save and not args.load:
-        return _save(reference, args)
-    if len(args.load or ()) == 2:
-        candidate = _loaded(args.load[1], task)
+    loaded = [_loaded(path, task) for path in args.load or ()]
+    reference = side_of(loaded[0], None) if loaded else _reference(args, task)
+    if args.save and not loaded:
+        return _save(reference.run, args)
+    if len(loaded) == 2:
+        candidate = side_of(loaded[1], None)
     else:
-        candidate = _candidate(args, task, reference)
+        candidate = _candidate(args, task, reference.run)
     if args.save:
-        save_run(candidate, args.save)
-    check_comparable(reference, candidate)
-    atol, rtol = run_tolerance(reference, candidate, args.atol, args.rtol)
-    report = compare_runs(reference, candidate, task.bundles[0].config, atol=atol, rtol=rtol)
+        save_run(candidate.run, args.save)
+    check_comparable(reference.run, candidate.run)
+    tolerance = run_tolerance(reference.run, candidate.run, args.atol, args.rtol)
+    report = compare_runs(
+        reference.run, candidate.run, task.config, atol=tolerance[0], rtol=tolerance[1]
+    )
+    runs = (reference.run, candidate.run)
+    insides = [_inside(found, task) for found in runs] if args.inside else []
+    document = _document(report, insides, reference.run, task, args)
+    if args.html:
+        write_page(args.html, document, report.differences)
     if args.json:
-        print_json(_document(report, reference, task, args))
+        print_json(document)
     else:
         print_report(report)
+        for inside in insides:
+            if inside is not None:
+                print_inside(inside)
+    if args.repro and report.verdict == "fail":
+        written = write_repro(args.repro, report, reference, candidate, tolerance=tolerance)
+        logger.info("%s", written.sentence)
     return SUCCESS if report.verdict == "pass" else NEGATIVE
 
 
@@ -159,7 +198,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
 
 
-def _reference(args: argparse.Namespace, task: Task) -> Run:
+def _reference(args: argparse.Namespace, task: Task) -> Side:
     bundle = task.bundles[0]
     rung = rung_of(bundle, args.reference or REFERENCE)
     if not args.save:  # before any long work
@@ -167,14 +206,15 @@ def _reference(args: argparse.Namespace, task: Task) -> Run:
     steps = STEPS if args.steps is None else args.steps
     prompts = _prompts(args, bundle, steps)
     windows = _windows(args, bundle)
-    return run_rung(rung, task.taps, prompts, steps, windows=windows, insist=task.insist)
+    found = run_rung(rung, task.taps, prompts, steps, windows=windows, insist=task.insist)
+    return side_of(found, rung)
 
 
-def _candidate(args: argparse.Namespace, task: Task, reference: Run) -> Run:
+def _candidate(args: argparse.Namespace, task: Task, reference: Run) -> Side:
     rung = rung_of(task.bundles[1], args.candidate or CANDIDATE)
     check_subjects(reference.subject, rung.subject)
     there = tuple(tap for tap in task.taps if tap.name in reference.taps)
-    return run_rung(
+    found = run_rung(
         rung,
         task.taps if task.insist or there else (),
         [prompt.prompt for prompt in reference.prompts],
@@ -183,6 +223,7 @@ def _candidate(args: argparse.Namespace, task: Task, reference: Run) -> Run:
         windows=() if reference.text is None else reference.text.windows,
         insist=task.insist,
     )
+    return side_of(found, rung)
 
 
 def _loaded(path: Path, task: Task) -> Run:
@@ -221,8 +262,20 @@ def _save(found: Run, args: argparse.Namespace) -> int:
     return SUCCESS
 
 
+def _inside(found: Run, task: Task) -> InsideReport | None:
+    """What a run shows of the inside, None where it has no taps."""
+    if not found.taps:
+        return None
+    selects = found.subject.max_seq_len > task.config.keep_window_size
+    return look_inside(found, task.config, selects=selects)
+
+
 def _document(
-    report: TappedReport, reference: Run, task: Task, args: argparse.Namespace
+    report: TappedReport,
+    insides: Sequence[InsideReport | None],
+    reference: Run,
+    task: Task,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     tokenizer = open_tokenizer(task.bundles[0])
     decode = None if tokenizer is None else tokenizer.decode
@@ -230,7 +283,9 @@ def _document(
     loaded = len(args.load or ())
     found["rungs"]["reference"]["source"] = "loaded" if loaded else "here"
     found["rungs"]["candidate"]["source"] = "loaded" if loaded > 1 else "here"
+    looked = [None if inside is None else inside.as_dict() for inside in insides]
     return found | {
+        "inside": dict(zip(("reference", "candidate"), looked, strict=True)) if looked else None,
         "command": shlex.join(["compare.py", *args.command]),
         "prompts": [
             {

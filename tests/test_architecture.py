@@ -52,7 +52,12 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorrt": ("runtime/tensorrt_module.py",),
     "tensorrt_rtx": ("runtime/tensorrt_module.py",),
     "onnxscript": ("export/*",),
-    "onnx_ir": ("plugins/onnx_function.py", "plugins/*/function.py", "export/*"),
+    "onnx_ir": (
+        "plugins/onnx_function.py",
+        "plugins/*/function.py",
+        "export/*",
+        "runtime/comparison/repro/cut.py",
+    ),
     "triton": ("plugins/*/kernel.py", "plugins/*/aot_kernel.py", "export/kernel_compiler.py"),
     "huggingface_hub": ("model/hub.py",),
     "httpx2": ("model/hub.py",),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -418,3 +421,58 @@ def test_a_tolerance_that_is_none_is_refused(
     outcome = call(compare.main, moe_bundle, f"{flag}={value}")
     assert outcome.status == FAILURE
     assert "must be a finite number of at least 0" in outcome.err
+
+
+# --- page, look inside, piece to send ------------------------------------------------------------
+
+
+def test_the_page_and_the_json_tell_the_same(call: Call, moe_bundle: Built, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    outcome = call(compare.main, moe_bundle, "--steps", 2, "--inside", "--html", page, "--json")
+    assert outcome.status == SUCCESS, outcome.err
+    text = page.read_text(encoding="utf-8")
+    report = outcome.report
+    assert html.escape(report["command"]) in text
+    for side in ("reference", "candidate"):
+        inside = report["inside"][side]
+        assert inside["rung"] == report[side]
+        assert report[side] in text
+        picks = inside["experts"]["layers"][0]["picks"]
+        assert picks == 4 * (16 + 2) * inside["experts"]["per_token"]
+        assert sum(inside["experts"]["layers"][0]["counts"]) == picks
+    assert len(report["taps"]) > 20, "the page looks inside unless told otherwise"
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_look_inside_is_printed(call: Call, moe_bundle: Built) -> None:
+    outcome = call(compare.main, moe_bundle, "--steps", 1, "--inside")
+    assert outcome.status == SUCCESS, outcome.err
+    assert "inside torch:fp32" in outcome.out
+    assert "inside onnxruntime:fp32" in outcome.out
+
+
+def test_a_failed_comparison_leaves_a_piece_that_runs_by_itself(
+    call: Call, copied: Path, tmp_path: Path
+) -> None:
+    alter_weights(copied / "checkpoint")
+    piece = tmp_path / "piece"
+    outcome = call(compare.main, copied, "--steps", 2, "--repro", piece)
+    assert outcome.status == NEGATIVE
+    assert "python run.py" in outcome.err
+    moved = piece.rename(tmp_path / "moved")
+    ran = subprocess.run(
+        [sys.executable, "-I", "run.py"], cwd=moved, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == NEGATIVE, ran.stderr
+    assert ran.stdout.startswith("differs:")
+    again = call(compare.main, copied, "--steps", 2, "--repro", moved)
+    assert again.status == FAILURE
+    assert "is there and not empty" in again.err
+
+
+def test_a_comparison_that_passes_leaves_no_piece(
+    call: Call, moe_bundle: Built, tmp_path: Path
+) -> None:
+    outcome = call(compare.main, moe_bundle, "--steps", 1, "--repro", tmp_path / "piece")
+    assert outcome.status == SUCCESS
+    assert list(tmp_path.iterdir()) == []

@@ -8,12 +8,13 @@ one that was not: how far the choice is from being another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from model.config import DogeConfig
+if TYPE_CHECKING:  # at run time numpy is all: a piece to send to someone holds this file
+    from model.config import DogeConfig
 
 Floats = npt.NDArray[np.floating[Any]]
 

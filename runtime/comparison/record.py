@@ -256,12 +256,15 @@ def _from_cache(
 
 
 def _fingerprints(slots: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """One number for each slot of [heads, T, size]: a weighted mean that no edit is likely to keep.
+    """One number for each slot of [heads, T, size] that no edit is likely to keep.
 
-    Heads weigh the same in scores, of which a lowered model may store copies.
+    A weighted sum, and thrice the numbers' size, so that a sum that nearly cancels is not measured
+    by itself. Heads weigh the same in scores, of which a lowered model may store copies.
     """
+    slots = slots.astype(np.float32)  # whose squares float16 cannot hold
     heads, _, size = slots.shape
     if size == 1:
         return np.asarray(slots.mean((0, 2)), np.float32)
     weights = np.cos(np.arange(heads * size) * 2.4).reshape(heads, 1, size)
-    return np.asarray((slots * weights).sum((0, 2)) / np.sqrt(heads * size), np.float32)
+    summed = (slots * weights).sum((0, 2)) / np.sqrt(heads * size)
+    return np.asarray(summed + 3 * np.sqrt(np.square(slots).mean((0, 2))), np.float32)
