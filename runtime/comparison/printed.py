@@ -60,6 +60,8 @@ def _print_taps(report: TappedReport) -> None:
     for tap in report.taps:
         worst = tap.worst
         ties = f" ({tap.near_ties} near ties)" if tap.near_ties else ""
+        if tap.following:
+            ties += f" ({tap.following} follow from near ties)"
         print(
             f"{worst.tap:{width}}  {worst.error:9.3g}  {worst.relative:9.3g}  "
             f"{worst.of_tolerance:9.3g}  {worst.prompt:>3}:{worst.step:<4}  "

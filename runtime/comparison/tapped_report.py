@@ -14,7 +14,7 @@ from runtime.comparison.logits import ComparisonReport, logits_report
 from runtime.comparison.metrics import json_number
 from runtime.comparison.record import Run, Subject
 from runtime.comparison.text import TextComparison, compare_text
-from runtime.comparison.tolerances import TOLERANCES, coarser
+from runtime.comparison.tolerances import PERPLEXITY_BOUNDS, TOLERANCES, coarser
 from runtime.comparison.verdict import TapDifference, differences, growth
 
 
@@ -27,12 +27,14 @@ class TapSummary:
         compared: how often it was compared.
         parting: how often it was over tolerance or another choice.
         near_ties: how many of those were choices that rounding explains.
+        following: how many of those only followed from such a choice.
     """
 
     worst: TapDifference
     compared: int
     parting: int
     near_ties: int
+    following: int
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -40,6 +42,7 @@ class TapSummary:
             "compared": self.compared,
             "parting": self.parting,
             "near_ties": self.near_ties,
+            "following": self.following,
         }
 
 
@@ -55,12 +58,14 @@ class TappedReport:
         taps: one summary each, in the order in which they are computed.
         missing: taps that were wanted and not compared, with the rungs that lack them.
         first: the first tap that parts, None where none does.
+        unexplained: the first that parts without a near tie being the cause, None where none does.
         growth: relative error of the residual stream behind each layer, at that step.
         tapping_changed: by how much taps alone moved each rung's logits.
         free_running: what each rung generates by itself, empty where that is not known.
         text: both rungs on a text, None where there was none.
-        verdict: `fail` where a number is over tolerance or not finite, or a choice differs that is
-            no near tie.
+        verdict: `fail` where a number is over tolerance or not finite, or a choice differs, and no
+            near tie is the cause; where untapped logits are over tolerance, whatever the cause;
+            where a text is.
         reason: the verdict in a sentence.
     """
 
@@ -71,6 +76,7 @@ class TappedReport:
     taps: tuple[TapSummary, ...]
     missing: dict[str, tuple[str, ...]]
     first: TapDifference | None
+    unexplained: TapDifference | None
     growth: tuple[float | None, ...]
     tapping_changed: tuple[float | None, float | None]
     free_running: tuple[FreeRunning, ...]
@@ -110,6 +116,7 @@ class TappedReport:
             "taps": [tap.as_dict() for tap in self.taps],
             "missing_taps": {name: list(rungs) for name, rungs in self.missing.items()},
             "first_divergence": first if self.taps else token,
+            "first_unexplained": (None if self.unexplained is None else self.unexplained.as_dict()),
             "growth": list(self.growth),
             "first_token": token,
             "tapping_changed": dict(zip(sides, changed, strict=True)),
@@ -161,11 +168,17 @@ def compare_runs(
     first = next((d for d in found if d.parts), None)
     by_place = {(d.prompt, d.step, d.tap): d for d in found}
     errors = () if first is None else tuple(growth(by_place, first.prompt, first.step))
-    over = [d for d in found if d.parts and not d.near_tie]
+    over = [d for d in found if d.parts and not d.explained]
     text = None
     if reference.text is not None and candidate.text is not None:
-        text = compare_text(reference.text, candidate.text, atol=atol, rtol=rtol)
-    passes = not over and logits.verdict == "pass" and (text is None or text.of_tolerance <= 1)
+        text = compare_text(
+            reference.text,
+            candidate.text,
+            atol=atol,
+            rtol=rtol,
+            perplexity_bound=PERPLEXITY_BOUNDS.get(precision),
+        )
+    passes = not over and logits.verdict == "pass" and (text is None or text.passes)
     missing = {
         name: tuple(run.subject.rung for run in (reference, candidate) if name in run.missing)
         for name in dict.fromkeys((*reference.missing, *candidate.missing))
@@ -178,22 +191,22 @@ def compare_runs(
         taps=_summaries(found),
         missing=missing,
         first=first,
+        unexplained=over[0] if over else None,
         growth=errors,
         tapping_changed=(reference.tapping_changed, candidate.tapping_changed),
         free_running=compare_free_running(reference, candidate),
         text=text,
         verdict="pass" if passes else "fail",
-        reason=_reason(first, logits, text, len(over), passes=passes, tapped=bool(found)),
+        reason=_reason(first, over, logits, text, tapped=bool(found)),
     )
 
 
 def _reason(
     first: TapDifference | None,
+    over: Sequence[TapDifference],
     logits: ComparisonReport,
     text: TextComparison | None,
-    over: int,
     *,
-    passes: bool,
     tapped: bool,
 ) -> str:
     told = logits.reason if text is None else f"{logits.reason}; {text.sentence()}"
@@ -201,10 +214,16 @@ def _reason(
         return told
     if first is None:
         return f"no tap is over its tolerance; logits: {told}"
-    if passes:
-        return f"only near ties part, first {first.sentence()}; logits: {told}"
-    follows = f"; {over} comparisons are over tolerance in all" if over > 1 else ""
-    return f"first {first.sentence()}{follows}; logits: {told}"
+    if not over:
+        return (
+            f"only near ties part and what follows from them, first {first.sentence()}; logits: "
+            f"{told}"
+        )
+    parted = f"first {first.sentence()}"
+    if first.explained:
+        parted += f"; first that no near tie explains: {over[0].sentence()}"
+    more = f"; {len(over)} comparisons are over tolerance in all" if len(over) > 1 else ""
+    return f"{parted}{more}; logits: {told}"
 
 
 def _summaries(found: Sequence[TapDifference]) -> tuple[TapSummary, ...]:
@@ -213,10 +232,11 @@ def _summaries(found: Sequence[TapDifference]) -> tuple[TapSummary, ...]:
         groups.setdefault(difference.tap, []).append(difference)
     return tuple(
         TapSummary(
-            worst=max(group, key=lambda d: d.of_tolerance),
+            worst=max(group, key=lambda d: (d.parts and not d.explained, d.of_tolerance)),
             compared=len(group),
             parting=sum(d.parts for d in group),
             near_ties=sum(d.parts and d.near_tie for d in group),
+            following=sum(d.follows for d in group),
         )
         for group in groups.values()
     )

@@ -47,7 +47,9 @@ class TextComparison:
         top5_agreement: share of positions where the reference's likeliest token is among the five
             likeliest of the candidate.
         max_abs: largest difference of a logit.
-        of_tolerance: largest difference over what is tolerated; above 1 is too much.
+        of_tolerance: largest difference of a logit over what is tolerated.
+        perplexity_bound: by which factor perplexity may rise, where that is what decides; None
+            where every logit does.
     """
 
     tokens: int
@@ -60,6 +62,16 @@ class TextComparison:
     top5_agreement: float
     max_abs: float
     of_tolerance: float
+    perplexity_bound: float | None = None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the candidate is as good on this text as it must be."""
+        if not math.isfinite(self.candidate_nll):
+            return False
+        if self.perplexity_bound is not None:
+            return self.perplexity_ratio <= self.perplexity_bound
+        return self.of_tolerance <= 1
 
     @property
     def perplexity_ratio(self) -> float:
@@ -68,10 +80,13 @@ class TextComparison:
 
     def sentence(self) -> str:
         """How the text went, in words."""
-        return (
+        told = (
             f"text of {self.tokens} tokens: perplexity {_exp(self.reference_nll):.4g} and "
-            f"{_exp(self.candidate_nll):.4g}, {self.of_tolerance:.3g} of the tolerance"
+            f"{_exp(self.candidate_nll):.4g}"
         )
+        if self.perplexity_bound is not None:
+            return f"{told}, at most {self.perplexity_bound - 1:+.0%}"
+        return f"{told}, logits {self.of_tolerance:.3g} of the tolerance"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form; a number that is not finite becomes null."""
@@ -101,7 +116,12 @@ def record_text(backend: Backend, windows: Sequence[Sequence[int]]) -> TextRun:
 
 
 def compare_text(
-    reference: TextRun, candidate: TextRun, *, atol: float, rtol: float
+    reference: TextRun,
+    candidate: TextRun,
+    *,
+    atol: float,
+    rtol: float,
+    perplexity_bound: float | None = None,
 ) -> TextComparison:
     """Compare two rungs on the same windows.
 
@@ -110,6 +130,7 @@ def compare_text(
         candidate: the one in question.
         atol: absolute tolerance of a logit.
         rtol: its tolerance relative to the position's largest logit of the reference.
+        perplexity_bound: as `TextComparison`.
     """
     expected, actual = (np.concatenate(run.logits) for run in (reference, candidate))
     finite = bool(np.isfinite(expected).all() and np.isfinite(actual).all())
@@ -132,6 +153,7 @@ def compare_text(
         top5_agreement=float((placed == best[:, None]).any(-1).mean()),
         max_abs=float(difference.max()) if finite else math.inf,
         of_tolerance=float(share.max()) if finite else math.inf,
+        perplexity_bound=perplexity_bound,
     )
 
 

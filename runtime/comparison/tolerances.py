@@ -15,8 +15,14 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "fp16": (5e-2, 1e-2),
     "bf16": (4e-1, 8e-2),
     "int8": (5e-1, 5e-2),
+    "fp8": (1e0, 1e-1),  # weights of an engine alone: 0.75 (docs/engine_precisions.md)
     "int4": (3e0, 3e-1),
 }
+
+
+# By how much the perplexity of a text may rise: weights and caches of 8 and 4 bits are another
+# model, of which single logits tell little. The same bounds as those of a build.
+PERPLEXITY_BOUNDS: dict[str, float] = {"int8": 1.02, "fp8": 1.02, "int4": 1.10}
 
 
 def variant_tolerance(variant: Variant) -> tuple[float, float]:
@@ -46,6 +52,7 @@ TAP_TOLERANCES: dict[str, float] = {
     "fp16": 7e-3,
     "bf16": 5e-2,
     "int8": 8e-2,
+    "fp8": 2e-1,  # 5.8e-2 (docs/engine_precisions.md)
     "int4": 8e-1,
 }
 # By how much more a kind may differ than others do, and why.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from model.config import DogeConfig
 from runtime.comparison.choices import Choice, chosen_experts, kept_keys
+from runtime.comparison.consequences import Consequences
 from runtime.comparison.metrics import json_number
 from runtime.comparison.record import PromptRun, Run
 from runtime.comparison.taps import CHOICES, COMPUTED_BY, LOGITS, TOKEN, TapName
@@ -37,6 +38,8 @@ class TapDifference:
         reference_margin: of a choice that differs, the reference's.
         candidate_margin: likewise.
         where: whose numbers are not finite, empty where all are.
+        follows: whether it parts only in tokens that follow from an earlier near tie
+            (`runtime.comparison.consequences`).
     """
 
     prompt: int
@@ -50,6 +53,7 @@ class TapDifference:
     reference_margin: float | None = None
     candidate_margin: float | None = None
     where: tuple[str, ...] = ()
+    follows: bool = False
 
     @property
     def parts(self) -> bool:
@@ -59,7 +63,12 @@ class TapDifference:
     @property
     def near_tie(self) -> bool:
         """Whether rounding explains another choice: both margins are within tolerance."""
-        return self.kind == "discrete" and self.of_tolerance <= 1
+        return self.kind == "discrete" and self.of_tolerance <= 1 and not self.follows
+
+    @property
+    def explained(self) -> bool:
+        """Whether it parts and rounding explains that: a near tie, or what follows from one."""
+        return self.parts and (self.near_tie or self.follows)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form; a number that is not finite becomes null."""
@@ -69,6 +78,8 @@ class TapDifference:
     def sentence(self) -> str:
         """What is apart here, in words."""
         place = f"prompt {self.prompt}, step {self.step}, {self.tap}"
+        if self.follows:
+            place += ", behind a near tie"
         origin = COMPUTED_BY[TapName.parse(self.tap).kind]
         if self.kind == "not finite":
             return (
@@ -101,16 +112,44 @@ def differences(
     pairs = list(zip(reference.prompts, candidate.prompts, strict=True))
     names = (reference.subject.rung, candidate.subject.rung)
     scores = [(_Scores(a), _Scores(b)) for a, b in pairs]
+    mixes = config.is_moe and not config.is_seed and config.router_mode == "mixed"
+    behind = [Consequences(mixes=mixes) for _ in pairs]
     for step in range(reference.steps + 1):
         for tap in both:
             for number, (a, b) in enumerate(pairs):
+                place = _Place(number, step, tap, len(a.prompt) + step, behind[number])
                 if tap.kind in CHOICES or tap.kind == TOKEN:
                     found = _choices(tap, step, (a, b), scores[number], config)
                     if found is not None:
-                        yield _compare_choices(number, step, tap, found, precision)
+                        yield _compare_choices(place, found, precision)
                 else:
                     values = a.values[step][tap.name], b.values[step][tap.name]
-                    yield _compare_values(number, step, tap, values, names, precision)
+                    yield _compare_values(place, values, names, precision)
+        for consequences in behind:
+            consequences.next_step()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tap is compared: `filled` slots hold tokens, the step's own last."""
+
+    prompt: int
+    step: int
+    tap: TapName
+    filled: int
+    behind: Consequences
+
+    def free(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """[tokens], of the last ones: which do not follow from an earlier near tie."""
+        slots = np.arange(self.filled - tokens, self.filled)
+        found: npt.NDArray[np.bool_] = slots < self.behind.first_slot(self.tap.layer, self.tap.kind)
+        return found
+
+    def difference(self, **found: Any) -> TapDifference:
+        """A difference here."""
+        return TapDifference(
+            prompt=self.prompt, step=self.step, tap=self.tap.name, layer=self.tap.layer, **found
+        )
 
 
 class _Scores:
@@ -167,11 +206,13 @@ def _token(logits: Array) -> Choice:
     return Choice(chosen, np.full((1, 1), two[-1] - two[0]), scale)
 
 
-def _compare_choices(
-    prompt: int, step: int, tap: TapName, pair: tuple[Choice, Choice], precision: str
-) -> TapDifference:
+def _compare_choices(place: _Place, pair: tuple[Choice, Choice], precision: str) -> TapDifference:
+    """Compare choices; a near tie is noted."""
     a, b = pair
+    tap = place.tap
     differs = (a.chosen != b.chosen).any(-1)  # [Q, S]
+    free = place.free(differs.shape[1])  # [S]
+    follows = bool(differs.any()) and not differs[:, free].any()
     margins: tuple[float | None, float | None] = (None, None)
     of_tolerance = 0.0
     if differs.any():
@@ -180,52 +221,54 @@ def _compare_choices(
         share = tap_tolerance(tap.kind, precision) if rtol is None else rtol
         limit = 2 * (atol + share * np.maximum(a.scale, b.scale))
         larger = np.maximum(a.margin, b.margin)
-        ratio = np.where(differs, larger / np.maximum(limit, np.finfo(np.float64).tiny), -1.0)
+        counted = differs if follows else differs & free
+        ratio = np.where(counted, larger / np.maximum(limit, np.finfo(np.float64).tiny), -1.0)
         worst = np.unravel_index(int(ratio.argmax()), ratio.shape)
         of_tolerance = float(ratio[worst])
         margins = float(a.margin[worst]), float(b.margin[worst])
-    return TapDifference(
-        prompt=prompt,
-        step=step,
-        tap=tap.name,
-        layer=tap.layer,
+        if tap.layer is not None and not follows and of_tolerance <= 1:
+            token = int(np.flatnonzero(counted.any(0))[0])
+            place.behind.note(tap.layer, place.filled - len(free) + token)
+    return place.difference(
         kind="discrete",
         error=float(differs.sum()),
         relative=float(differs.mean()),
         of_tolerance=of_tolerance,
         reference_margin=margins[0],
         candidate_margin=margins[1],
+        follows=follows,
     )
 
 
 def _compare_values(
-    prompt: int,
-    step: int,
-    tap: TapName,
-    pair: tuple[Array, Array],
-    names: tuple[str, str],
-    precision: str,
+    place: _Place, pair: tuple[Array, Array], names: tuple[str, str], precision: str
 ) -> TapDifference:
-    place: dict[str, Any] = {"prompt": prompt, "step": step, "tap": tap.name, "layer": tap.layer}
+    """Compare values; where a token is over tolerance by itself, those that follow do not count."""
     where = tuple(n for n, x in zip(names, pair, strict=True) if not np.isfinite(x).all())
     if where:
         infinite: dict[str, Any] = dict.fromkeys(("error", "relative", "of_tolerance"), np.inf)
-        return TapDifference(**place, kind="not finite", where=where, **infinite)
-    a, b = (_by_token(tap.kind, x, max(len(y) for y in pair)) for x in pair)  # [S, numbers]
-    difference = np.abs(a - b).max(-1)
-    size = np.maximum(np.abs(a).max(-1), np.finfo(np.float32).tiny)
-    relative = float((difference / size).max())
-    if tap.kind == LOGITS:
+        return place.difference(kind="not finite", where=where, **infinite)
+    kind = place.tap.kind
+    a, b = (_by_token(kind, x, max(len(y) for y in pair)) for x in pair)  # [S, numbers]
+    difference = np.abs(a - b).max(-1)  # [S]
+    size = np.abs(a).max(-1)
+    if kind.startswith("cached_"):  # a slot's number is measured by the largest of all slots
+        size = np.full_like(size, size.max())
+    relative = difference / np.maximum(size, np.finfo(np.float32).tiny)
+    if kind == LOGITS:
         atol, rtol = TOLERANCES[precision]
-        of_tolerance = float((difference / (atol + rtol * size)).max())
+        share = difference / (atol + rtol * size)
     else:
-        of_tolerance = relative / tap_tolerance(tap.kind, precision)
-    return TapDifference(
-        **place,
+        share = relative / tap_tolerance(kind, precision)
+    free = place.free(len(share))
+    itself = free & (share > 1)
+    counted = free if itself.any() else np.ones_like(free)
+    return place.difference(
         kind="numeric",
-        error=float(difference.max()),
-        relative=relative,
-        of_tolerance=of_tolerance,
+        error=float(difference[counted].max()),
+        relative=float(relative[counted].max()),
+        of_tolerance=float(share[counted].max()),
+        follows=bool(share.max() > 1) and not itself.any(),
     )
 
 
@@ -235,8 +278,8 @@ def _by_token(kind: str, value: Array, heads: int) -> npt.NDArray[np.float64]:
         if kind == "score":
             value = np.repeat(value, heads // len(value), 0)
         value = value.swapaxes(0, 1)
-    if kind.startswith("cached_"):  # a slot's number is measured by the largest of all slots
-        return value[None].astype(np.float64)
+    if kind == LOGITS:  # of the last token alone
+        value = value.reshape(1, -1)
     return value.reshape(len(value), -1).astype(np.float64)
 
 

@@ -165,14 +165,14 @@ def heat_map(
 def _severity(difference: TapDifference, measure: Measure) -> tuple[bool, float]:
     """What no near tie explains is worse than all else; within either, the larger value is."""
     value = difference.error if measure == "count" else difference.of_tolerance
-    return (difference.parts and not difference.near_tie, value)
+    return (difference.parts and not difference.explained, value)
 
 
 def _cell(worst: TapDifference | None, measure: Measure, first: bool) -> Cell:
     if worst is None:
         return Cell(colour="", mark="◆" if first else "", told="", first=first)
     value = worst.error if measure == "count" else worst.of_tolerance
-    mark = "○" if worst.near_tie else "●"
+    mark = "○" if worst.explained else "●"
     if worst.kind == "not finite":
         mark = "×"
     if first or not worst.parts:

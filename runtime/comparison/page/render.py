@@ -69,7 +69,7 @@ def render_page(document: Mapping[str, Any], differences: Sequence[TapDifference
             differences, None if first is None else (first["prompt"], first["step"])
         ),
         frame=FRAME,
-        failing=next((d for d in differences if d.parts and not d.near_tie), None),
+        failing=next((d for d in differences if d.parts and not d.explained), None),
         maps=share_maps(differences, steps, place),
         choice_maps=choice_maps(differences, steps, place),
         choices=choice_rows(told["taps"]),

@@ -176,10 +176,10 @@ def targets_of(
         tap = TapName.parse(LOGITS)
         return [Target(found=found, tap=tap, precision=precision, tolerance=tolerance)]
     main = Target(found=first, tap=TapName.parse(first.tap), precision=precision)
-    if not first.near_tie:
+    if not first.explained:
         return [main]
     over = next(
-        (d for d in differences(*runs, config, precision) if d.parts and not d.near_tie), None
+        (d for d in differences(*runs, config, precision) if d.parts and not d.explained), None
     )
     if over is None:
         return [main]

@@ -145,6 +145,7 @@ def summary(found: list[TapDifference]) -> list[dict[str, Any]]:
             "compared": len(group),
             "parting": sum(d.parts for d in group),
             "near_ties": sum(d.parts and d.near_tie for d in group),
+            "following": sum(d.follows for d in group),
         }
         for group in taps.values()
     ]
@@ -440,8 +441,8 @@ def test_behind_a_near_tie_the_first_real_difference_is_told() -> None:
     assert told["margin, reference"] == number(tie.reference_margin)
     assert told["margin, candidate"] == number(tie.candidate_margin)
     assert told["margin, of a near tie’s largest"] == number(tie.of_tolerance)
-    assert f"no near tie: {real.sentence()}." in section.text
-    assert "no near tie:" not in render_page(*full_document())
+    assert f"no near tie explains: {real.sentence()}." in section.text
+    assert "no near tie explains:" not in render_page(*full_document())
 
 
 def test_numbers_that_are_not_finite_are_words() -> None:

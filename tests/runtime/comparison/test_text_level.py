@@ -15,7 +15,7 @@ from runtime.comparison.free_running import compare_free_running
 from runtime.comparison.record import Run
 from runtime.comparison.tapped_report import compare_runs
 from runtime.comparison.text import TextRun, compare_text
-from tests.runtime.comparison.planted_faults import run_torch
+from tests.runtime.comparison.planted_faults import run_torch, with_precision
 
 WINDOWS = ((0, 2, 1), (1, 1))
 
@@ -91,6 +91,26 @@ def test_a_text_over_tolerance_fails_the_comparison(
     parted = compare_runs(reference, other, config, atol=1e-3, rtol=0)
     assert (same.verdict, parted.verdict) == ("pass", "fail")
     assert "text of 3 tokens: perplexity" in parted.reason
+
+
+def test_narrow_weights_are_judged_by_perplexity(run: Run, golden: Callable[[str], Path]) -> None:
+    config = load_checkpoint(golden("g4_moe")).config
+    reference = dataclasses.replace(run, text=REFERENCE)
+    # Logits far over tolerance at a position whose token is no less likely, and one whose is.
+    worse = text_of(
+        [[0.5, 0.25, 0.25], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6]], [[0.1, 0.8, 0.1], [0.3, 0.3, 0.4]]
+    )
+    for text, precision, verdict in (
+        (CANDIDATE, "fp32", "fail"),
+        (CANDIDATE, "int8", "pass"),
+        (worse, "int8", "fail"),
+        (worse, "int4", "pass"),
+    ):
+        candidate = with_precision(dataclasses.replace(run, text=text), precision)
+        report = compare_runs(reference, candidate, config, atol=1e-3, rtol=0)
+        assert (report.verdict, precision) == (verdict, precision), report.reason
+        bounds = {"fp32": None, "int8": 1.02, "int4": 1.1}
+        assert report.as_dict()["text"]["perplexity_bound"] == bounds[precision]
 
 
 def with_own(run: Run, prompt: int, step: int, token: int) -> Run:
