@@ -24,7 +24,7 @@ from plugins.aot_plugin import AotCode, AotPlugin, Attributes, Sizes
 from plugins.aot_registry import AOT_PLUGINS
 from plugins.custom_op import PLUGIN_NAMESPACE
 from plugins.kernel_spec import KernelSpec
-from plugins.tensorrt_plugin import PluginError
+from plugins.plugin_host import PluginError
 
 # Numpy's names of number types by TensorRT's.
 _DTYPES = {

@@ -12,8 +12,7 @@ stream it is given and does nothing else, so a CUDA graph can capture it; a repl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,61 +20,13 @@ import numpy as np
 from plugins.custom_op import PLUGIN_NAMESPACE, PLUGIN_VERSION, AttributeType, CustomOp
 from plugins.kernel_spec import OpKernels
 from plugins.launcher import Launcher, LaunchError
+from plugins.plugin_host import PluginError, PluginHost, told
 from plugins.registry import OPS
 
 # Fields of a serialized plugin beside the op's attributes.
 COUNTERS_FIELD = "counters"
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 _HALF_OR_FLOAT = ("FLOAT", "HALF", "BF16")
-
-
-class PluginError(Exception):
-    """A plugin cannot do what TensorRT asks; the message says why."""
-
-
-@dataclass(kw_only=True)
-class PluginHost:
-    """What plugins of one process share.
-
-    Attributes:
-        known: names of the kernel variants that will be there at run time, checked at build time;
-            None checks nothing.
-        launchers: what runs kernels, each with those that it has.
-        used: kernel variants that plugins asked for.
-    """
-
-    known: frozenset[str] | None = None
-    launchers: list[tuple[frozenset[str], Launcher]] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-
-    def check(self, kernels: OpKernels) -> None:
-        """Note the variants of an op.
-
-        Raises:
-            PluginError: some are not known.
-        """
-        names = {spec.name for spec in kernels.specs}
-        self.used |= names
-        if self.known is not None and (missing := names - self.known):
-            raise PluginError(
-                f"no kernel {', '.join(sorted(missing))} was compiled; there are "
-                f"{', '.join(sorted(self.known)) or 'none'}"
-            )
-
-    def launcher_of(self, kernels: Iterable[str]) -> Launcher:
-        """The launcher that has all of these kernels.
-
-        Raises:
-            PluginError: none has.
-        """
-        wanted = set(kernels)
-        for names, launcher in self.launchers:
-            if wanted <= names:
-                return launcher
-        raise PluginError(
-            f"no kernels {', '.join(sorted(wanted))} are loaded; open the bundle that the engine "
-            "belongs to, whose kernels/ has them"
-        )
 
 
 class PluginFields:
@@ -191,6 +142,7 @@ class _OpPlugin:
             return bool(kind == "FLOAT")
         return kind in _HALF_OR_FLOAT and bool(desc.type == tensors[0].desc.type)
 
+    @told
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Make the kernels of a profile's types, and count what its largest shapes need.
 
@@ -203,6 +155,7 @@ class _OpPlugin:
         largest = self._named([tuple(tensor.max) for tensor in descs])
         self.counter_count = max(self.counter_count, kernels.counters(largest))
 
+    @told
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         """Scratch memory in bytes for the largest shapes of the profile."""
         descs = [*inputs, *outputs]
@@ -224,6 +177,7 @@ class _OpPlugin:
         )
         return self._fields.collection
 
+    @told
     def attach_to_context(self, context: Any) -> Any:
         """A clone for one execution context, with counters of its own.
 
@@ -243,6 +197,7 @@ class _OpPlugin:
         """There is one."""
         del tactic
 
+    @told
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Prepare for the shapes of the coming steps.
 
@@ -257,6 +212,7 @@ class _OpPlugin:
         if self._launcher is None and self.host.launchers:
             self._launcher = self.host.launcher_of(spec.name for spec in self._kernels.specs)
 
+    @told
     def enqueue(
         self,
         input_descs: Sequence[Any],
@@ -330,9 +286,11 @@ def make_creator(trt: Any, op: CustomOp, host: PluginHost) -> Any:
             self.name = op.name
             self.plugin_version = PLUGIN_VERSION
             self.plugin_namespace = PLUGIN_NAMESPACE
+            self.host = host
             self._fields = PluginFields(trt, attributes, dict.fromkeys(attributes, 0))
             self.field_names = self._fields.collection
 
+        @told
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             given = {item.name: _number(item) for item in fields if item.name in attributes}
             if missing := attributes.keys() - given.keys():
@@ -392,3 +350,13 @@ def deregister_plugins(trt: Any) -> None:
         registry = trt.get_plugin_registry()
         for creator in found[1]:
             registry.deregister_creator(creator)
+
+
+def take_problems(trt: Any) -> tuple[str, ...]:
+    """What the plugins of a product have raised since this was last asked."""
+    found = _HOSTS.get(trt.__name__)
+    if found is None:
+        return ()
+    problems = tuple(found[0].problems)
+    found[0].problems.clear()
+    return problems

@@ -132,7 +132,7 @@ class Bundle:
         present = ", ".join(f"{v.backend}:{v.name}" for v in self.manifest.variants)
         raise ValueError(
             f"bundle {self.path} has no model {wanted}; it has {present or 'none'}. "
-            f"{self._how_to_add(backend, name)}"
+            f"{self.how_to_add(backend, name)}"
         )
 
     def contract_of(self, variant: Variant) -> StepContract:
@@ -204,7 +204,7 @@ class Bundle:
         """Hash every file; one sentence for each that is not as the manifest says."""
         return tuple(p for file in self.manifest.files for p in self._hash_problems(file))
 
-    def _how_to_add(self, backend: str, name: str | None) -> str:
+    def how_to_add(self, backend: str, name: str | None) -> str:
         """The command that adds a model for `backend` and keeps what the bundle has.
 
         With another checkpoint or other limits the same command would replace the bundle.

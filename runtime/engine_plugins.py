@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from plugins.launcher import LaunchError
-from plugins.tensorrt_plugin import PluginError, register_plugins
+from plugins.plugin_host import PluginError
+from plugins.tensorrt_plugin import register_plugins, take_problems
 from runtime.backends.base import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -48,3 +50,11 @@ def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
         raise BackendUnavailableError(
             f"the plugins of {variant.name} cannot run here: {error}"
         ) from error
+
+
+def plugin_problems(trt: Any) -> Sequence[str]:
+    """What plugins of a product have raised in TensorRT's calls since it was last asked.
+
+    TensorRT turns an exception of a plugin into a failure without a reason.
+    """
+    return take_problems(trt)

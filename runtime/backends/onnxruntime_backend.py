@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -448,8 +449,18 @@ def _open_choice(bundle: Bundle, choice: Mapping[str, Any]) -> TokenChoice:
     return TokenChoice(session, choice["width"])
 
 
-def make_session(path: str, threads: CpuThreads = THE_BACKENDS_CHOICE) -> Any:
+def make_session(
+    path: str,
+    threads: CpuThreads = THE_BACKENDS_CHOICE,
+    *,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     """An inference session on the model at `path`.
+
+    Args:
+        path: the model.
+        threads: how many, and how they wait.
+        settings: further session configuration entries by name.
 
     Raises:
         BackendUnavailableError: onnxruntime is not installed, or refuses the model.
@@ -471,6 +482,8 @@ def make_session(path: str, threads: CpuThreads = THE_BACKENDS_CHOICE) -> Any:
         "session.force_spinning_stop": not threads.spinning_between,
     }.items():
         options.add_session_config_entry(setting, str(int(value)))
+    for setting, text in settings.items():
+        options.add_session_config_entry(setting, text)
     available = onnxruntime.get_available_providers()
     providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:

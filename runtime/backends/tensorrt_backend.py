@@ -1,23 +1,32 @@
-"""TensorRT engines, of either product. **Never executed yet**: no RTX GPU has been at hand.
+"""TensorRT engines, of either product. **Never executed on a GPU yet**: none has been at hand.
 
-The order of calls follows the API's documentation; what an engine of ours does when it runs is
-unverified until an evidence file from such a machine says otherwise (README.md).
+Tests run this code over a stand-in for TensorRT-RTX and CUDA that enforces their documented rules
+(tests/fake_tensorrt); what an engine of ours does when it runs is unverified until an evidence file
+from a machine with such a GPU says otherwise. docs/tensorrt_runtime.md tells what happens when.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from model.contract import DTYPE_BYTES
-from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Logits
-from runtime.device_memory import DeviceMemory, as_bytes_size, load_cuda
-from runtime.engine_plugins import prepare_plugins
+from runtime.backends.base import Backend, Cache, Ids, Logits
+from runtime.cuda_runtime import CudaRuntime, load_cuda
+from runtime.engine_fit import EngineFit
+from runtime.engine_lane import EngineLane, lane_needs
+from runtime.engine_plugins import plugin_problems, prepare_plugins
+from runtime.lane_pool import LanePool
+from runtime.loaded_engine import LoadedEngine
+from runtime.runtime_cache import CacheKey, RuntimeCacheFile
 from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from runtime.bundle import Bundle
     from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
@@ -25,9 +34,21 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class TensorRTCache(Cache):
-    """Device addresses of the cache tensors, in the contract's order."""
+    """The sequences of one batch on a lane of the engine, which is this batch's alone.
 
-    addresses: list[int]
+    When the cache is closed, or nothing refers to it any more, its lane serves another batch.
+
+    Attributes:
+        lane: a context, a stream and the cache's memory; None once the cache is closed.
+    """
+
+    lane: EngineLane | None = field(repr=False)
+    _give_back: Callable[[], object] = field(init=False, repr=False, default=lambda: None)
+
+    def close(self) -> None:
+        """Let another batch have the lane; harmless when called again."""
+        self.lane = None
+        self._give_back()
 
 
 class _EngineBackend(Backend):
@@ -36,34 +57,46 @@ class _EngineBackend(Backend):
     product: ClassVar[Product]
 
     def __init__(
-        self, trt: Any, memory: DeviceMemory, blob: bytes, bundle: Bundle, variant: Variant
+        self, trt: Any, cuda: CudaRuntime, blob: bytes, bundle: Bundle, variant: Variant
     ) -> None:
-        config = bundle.config
+        """Load an engine whose bytes are those of the bundle.
+
+        Raises:
+            BackendUnavailableError: it cannot run here; says what to install or change.
+            ValueError: it is not what the manifest says.
+        """
+        config, gpu = bundle.config, cuda.gpu()
         self.variant = variant.name
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
         self.router_mode = config.router_mode if config.is_moe else None
-        self._contract = bundle.contract_of(variant)
-        self._trt = trt
-        self._memory = memory
-        self._logger = trt.Logger(trt.Logger.WARNING)
-        runtime = trt.Runtime(self._logger)
-        self._engine = runtime.deserialize_cuda_engine(blob)
-        if self._engine is None:
-            raise BackendUnavailableError(
-                f"{self.product} {trt.__version__} cannot load {variant.path}, built with "
-                f"{variant.details.get('builder_version', 'an unknown version')} for "
-                f"{', '.join(variant.details.get('targets', []))}; build it for this GPU and "
-                "version: python export/build_engine.py --target ..."
-            )
-        self._context = self._engine.create_execution_context(self._runtime_config())
-        self._profile = -1
-        self._tokens = {
-            spec.name: memory.zeros(self._largest(spec.shape, DTYPE_BYTES[spec.dtype]))
-            for spec in self._contract.tokens
+        fit = EngineFit(trt, self.product, bundle, variant)
+        header = fit.check_blob(blob, gpu)
+        key = CacheKey(
+            product=self.product,
+            version=str(trt.__version__),
+            gpu=gpu.file_word,
+            target=gpu.target,
+            driver="{}.{}".format(*gpu.driver),
+            engine=next(f.sha256 for f in bundle.manifest.files if f.path == variant.path),
+        )
+        contract = bundle.contract_of(variant)
+        needs = {
+            "weights": len(blob) if header is None else header.weight_bytes,
+            **lane_needs(contract, self.limits, self.vocab_size, 1),
         }
-        self._logits = 0
-        self._logits_size = 0
+        engine = LoadedEngine(trt, cuda, variant, contract, lambda: plugin_problems(trt))
+        self._lanes = LanePool(engine, cuda, self.limits, self.vocab_size)
+        # Also where nobody closes the backend, but for the end of the process: the driver takes
+        # everything then, and half of Python is gone.
+        self._close = weakref.finalize(self, self._lanes.close)
+        self._close.atexit = False
+        try:
+            engine.load(blob, fit, RuntimeCacheFile(bundle.path, key), needs)
+            self._lanes.add()  # now: what is missing shows before any prompt
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
@@ -72,94 +105,55 @@ class _EngineBackend(Backend):
         Raises:
             BackendUnavailableError: no product, driver or GPU, or the engine does not load here.
             LaunchError: the driver refuses a kernel of the engine's plugins.
+            ValueError: the engine file was altered, or is not what the manifest says.
         """
         trt = load_tensorrt(cls.product)
-        cudart = load_cuda()
+        cuda = CudaRuntime(load_cuda())
         blob = bundle.executable_file(variant).read_bytes()
         prepare_plugins(trt, bundle, variant)
-        return cls(trt, DeviceMemory(cudart), blob, bundle, variant)
+        return cls(trt, cuda, blob, bundle, variant)
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> TensorRTCache:
-        """Zeroed cache; its buffers always have the engine's `max_seq_len` slots."""
+        """Zeroed cache; its buffers always have the engine's `max_seq_len` slots.
+
+        Raises:
+            BackendUnavailableError: too little memory; says how much is needed.
+            ValueError: as in the base class.
+        """
         slots = self.check_cache_size(batch_size, capacity)
-        addresses = [
-            self._memory.zeros(
-                as_bytes_size(_with_batch(spec.shape, batch_size), DTYPE_BYTES[spec.dtype])
-            )
-            for spec in self._contract.past
-        ]
-        return TensorRTCache(
-            capacity=slots, lengths=np.zeros(batch_size, np.int64), addresses=addresses
-        )
+        lane = self._lanes.take(batch_size)
+        cache = TensorRTCache(capacity=slots, lengths=np.zeros(batch_size, np.int64), lane=lane)
+        give_back = weakref.finalize(cache, self._lanes.give_back, lane)
+        give_back.atexit = False
+        cache._give_back = give_back
+        return cache
 
     def close(self) -> None:
-        """Free the context, the engine and every buffer."""
-        self._context = self._engine = None
-        self._memory.close()
+        """Save the runtime cache, free every context, the engine and every buffer."""
+        self._close()
 
-    def _runtime_config(self) -> Any:
-        config = self._engine.create_runtime_config()
-        if hasattr(config, "cuda_graph_strategy"):  # TensorRT-RTX
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return config
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def _step(
         self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None
     ) -> Logits:
         if not isinstance(cache, TensorRTCache):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
-        if self._context is None:
-            raise ValueError("this backend is closed; open another")
-        batch, length = input_ids.shape
-        self._select_profile(0 if length == 1 else 1)
-        position_ids = write_index[:, None] + np.arange(length)
-        tokens = (input_ids, position_ids, write_index, logits_index)
-        arrays = [np.ascontiguousarray(array) for array in tokens]
-        for spec, array in zip(self._contract.tokens, arrays, strict=True):
-            self._memory.upload(self._tokens[spec.name], array)
-            self._bind(spec.name, self._tokens[spec.name], array.shape)
-        self._bind_cache(cache, batch, row)
-        logits = np.empty((*logits_index.shape, self.vocab_size), np.float32)
-        self._reserve_logits(logits.nbytes)
-        self._context.set_tensor_address(self._contract.logits.name, self._logits)
-        if missing := self._context.infer_shapes():
-            raise RuntimeError(f"the engine misses shapes of {missing}")
-        if not self._context.execute_async_v3(self._memory.stream):
-            raise RuntimeError("the engine's step could not be enqueued")
-        self._memory.download(logits, self._logits)
-        return logits
-
-    def _select_profile(self, index: int) -> None:
-        """Switch between decode (0) and prefill (1); every input shape is set again after it."""
-        if index != self._profile:
-            self._context.set_optimization_profile_async(index, self._memory.stream)
-            self._memory.synchronize()  # shapes may only be set once the switch is done
-            self._profile = index
-
-    def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        self._context.set_input_shape(name, shape)
-        self._context.set_tensor_address(name, address)
-
-    def _bind_cache(self, cache: TensorRTCache, batch: int, row: int | None) -> None:
-        contract = self._contract
-        for past, present, base in zip(
-            contract.past, contract.present, cache.addresses, strict=True
-        ):
-            row_bytes = as_bytes_size(_with_batch(past.shape, 1), DTYPE_BYTES[past.dtype])
-            address = base + (row or 0) * row_bytes
-            self._bind(past.name, address, _with_batch(past.shape, batch))
-            self._context.set_tensor_address(present.name, address)
-
-    def _reserve_logits(self, size: int) -> None:
-        if size > self._logits_size:
-            if self._logits:
-                self._memory.free([self._logits])
-            self._logits, self._logits_size = self._memory.zeros(size), size
-
-    def _largest(self, shape: tuple[int | str, ...], item_size: int) -> int:
-        limits = self.limits
-        sizes = {"B": limits.max_batch_size, "S": limits.max_input_len, "M": limits.max_input_len}
-        return as_bytes_size([sizes[s] if isinstance(s, str) else s for s in shape], item_size)
+        self._lanes.check_open()
+        if cache.lane is None:
+            raise ValueError("this cache is closed; take another from new_cache")
+        if not self._lanes.owns(cache.lane):
+            raise TypeError("this cache is of another backend; take one from this one's new_cache")
+        return cache.lane.step(input_ids, write_index, logits_index, row)
 
 
 class TensorRTRTXBackend(_EngineBackend):
@@ -174,7 +168,3 @@ class TensorRTBackend(_EngineBackend):
 
     name = "tensorrt"
     product = "tensorrt"
-
-
-def _with_batch(shape: tuple[int | str, ...], batch_size: int) -> tuple[int, ...]:
-    return tuple(batch_size if isinstance(size, str) else size for size in shape)

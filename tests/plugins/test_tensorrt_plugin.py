@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from plugins import tensorrt_plugin
 from plugins.registry import DYNAMIC_MASK_ATTENTION, EXPERT_GATHER, OPS, VALUE_GATHER
 from plugins.tensorrt_plugin import (
     COUNTERS_FIELD,
@@ -300,3 +301,27 @@ def test_counters_that_could_not_be_had_never_reach_a_launch():
     with pytest.raises(PluginError, match="enqueue before attach_to_context"):
         plugin.enqueue(*descs, [0] * 5, [0], 0, 1234)
     assert not launcher.launched
+
+
+def test_what_callbacks_raise_is_kept_since_tensorrt_drops_it(monkeypatch):
+    host = PluginHost()
+    monkeypatch.setitem(tensorrt_plugin._HOSTS, trt.__name__, (host, []))
+    inputs, outputs = expert_tensors()
+    descs = [tensor.desc for tensor in inputs], [tensor.desc for tensor in outputs]
+    unfit = make_plugin_class(trt, EXPERT_GATHER, host)({**EXPERTS, "top_k": 65})
+    creator = tensorrt_plugin.make_creator(trt, EXPERT_GATHER, host)
+    host.launchers.append((frozenset(["other"]), None))
+    calls = {
+        "covers": lambda: unfit.configure_plugin(inputs, outputs),
+        "top_k is 65": lambda: unfit.get_workspace_size(inputs, outputs),
+        "zeros": lambda: unfit.attach_to_context(None),
+        "belongs to": lambda: expert_plugin(host).on_shape_change(*descs),
+        "enqueue before": lambda: expert_plugin(host).enqueue(*descs, [0] * 4, [0], 0, 1),
+        "was given": lambda: creator.create_plugin("one", [], trt.TensorRTPhase.BUILD),
+    }
+    for said, call in calls.items():
+        with pytest.raises((PluginError, AttributeError)):
+            call()
+        (problem,) = tensorrt_plugin.take_problems(trt)
+        assert said in problem
+    assert tensorrt_plugin.take_problems(trt) == ()
