@@ -19,7 +19,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from export.builder_callbacks import BuildLog, make_logger
-from export.engine import count_fused_attention
+from export.plan.entries import read_plan
 from runtime.tensorrt_module import load_tensorrt
 
 HEAD_DIM = 128
@@ -64,7 +64,7 @@ def session(
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def fused_kernels(heads: int, head_dim: int, cached_heads: int, *, latent: bool) -> int | None:
+def fused_kernels(heads: int, head_dim: int, cached_heads: int, *, latent: bool) -> int:
     """Fused attention kernels in TensorRT-RTX's plan of the node, float16 for sm_89."""
     trt = load_tensorrt("tensorrt_rtx")
     log = BuildLog()
@@ -88,7 +88,7 @@ def fused_kernels(heads: int, head_dim: int, cached_heads: int, *, latent: bool)
     config.set_compute_capability(trt.ComputeCapability.SM89, 0)
     if builder.build_serialized_network(network, config) is None:
         raise RuntimeError(f"TensorRT-RTX builds no engine: {'; '.join(log.errors)}")
-    return count_fused_attention(log.verbose)
+    return sum(entry.is_fused_attention for entry in read_plan(log.messages, 1).entries)
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, target: ir.DataType)
     for place, output in enumerate(graph.outputs):
         if output is value:
             graph.outputs[place] = result
-    result.name, result.shape, result.dtype = value.name, value.shape, value.dtype
+    result.name, result.shape, result.dtype = value.name, value.shape, ir.DataType.FLOAT
     value.name, narrow.outputs[0].name = f"{value.name}.exact", f"{value.name}.narrow"
     graph.insert_after(node, [narrow, wide])
 
@@ -133,10 +133,10 @@ def candidates(step: Step, work: Path) -> Iterator[tuple[str, str, Path, int | N
             step.canonical, path, step.network.config, slots=step.slots, precision=precision
         )
         yield f"cpu {precision}", precision, path, lowered.score_heads
-    for precision, dtype in HALF.items():
-        path = work / f"{precision}.onnx"
+    for half, dtype in HALF.items():
+        path = work / f"{half}.onnx"
         round_like(step.canonical, dtype, path)
-        yield f"rounded {precision}", precision, path, None
+        yield f"rounded {half}", half, path, None
 
 
 def run_torch(step: Step, prompts: Sequence[Sequence[int]]) -> Run:

@@ -58,7 +58,11 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--target", default="sm89", help="GPU architectures, e.g. sm89,sm86")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp16", help="number format of the engine"
+        "--precision",
+        choices=PRECISIONS,
+        default="fp16",
+        help="number format of the engine; int8, int4 and fp8 are of the weights of its products, "
+        "over fp16",
     )
     parser.add_argument(
         "--plugin",
@@ -123,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         router_mode=args.router,
         keep_checkpoint=not args.no_checkpoint,
         force=args.force,
+        eval_text=args.eval_text,
     )
     result = build_bundle(request, BuildProgress(quiet=args.quiet))
     if args.json:

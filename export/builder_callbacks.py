@@ -31,11 +31,16 @@ class ProgressSink(Protocol):
 
 
 class BuildLog:
-    """Messages of one build: errors to report, and the verbose text for `plan_report`."""
+    """Messages of one build.
+
+    Attributes:
+        errors: what to report when the build fails.
+        messages: of the levels INFO and VERBOSE, in order; `export.plan` reads the plan from them.
+    """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.verbose: list[str] = []
+        self.messages: list[str] = []
 
 
 def make_logger(trt: Any, log: BuildLog) -> Any:
@@ -45,9 +50,10 @@ def make_logger(trt: Any, log: BuildLog) -> Any:
         def log(self, severity: Any, msg: str) -> None:
             if severity in {trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR}:
                 log.errors.append(msg)
-            elif severity == trt.ILogger.VERBOSE:
-                log.verbose.append(msg)
-            else:
+                return
+            if severity in {trt.ILogger.INFO, trt.ILogger.VERBOSE}:
+                log.messages.append(msg)
+            if severity != trt.ILogger.VERBOSE:
                 logger.debug("%s", msg)
 
     return Logger()

@@ -23,7 +23,7 @@ from export.lowerings.cpu import (
 )
 from export.lowerings.grouped_query_attention import CacheScales
 from export.progress import BuildProgress
-from export.quality import SAMPLED_LENGTH, Quality, QualityError, measure_quality, sample_text
+from export.quality import Quality, QualityError, measure_quality, sample_text, text_windows
 from export.sources import Checkpoint
 from export.token_choice import WIDTH, export_token_choice
 from model.contract import StepContract, step_contract
@@ -32,8 +32,6 @@ from runtime.backends.base import Limits
 from runtime.backends.narrow_cache import save_scales
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.manifest import Variant
-from runtime.scoring import split_windows
-from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -293,15 +291,6 @@ class CpuModelBuilder:
         )
 
     def _windows(self, request: CpuRequest) -> Sequence[Sequence[int]] | None:
-        """The given text's tokens, in windows of a sampled sequence's length."""
         if request.eval_text is None:
             return None
-        if not self._checkpoint.tokenizer_files:
-            raise FileNotFoundError(
-                f"{self._checkpoint.folder} has no tokenizer, which --eval-text needs"
-            )
-        tokenizer = Tokenizer.open(self._checkpoint.folder)
-        text = request.eval_text.read_text(encoding="utf-8")
-        length = min(SAMPLED_LENGTH, self._limits.max_seq_len)
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        return split_windows(ids, length, tokenizer.bos_token_id)
+        return text_windows(request.eval_text, self._checkpoint, self._limits)

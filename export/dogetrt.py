@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "runtime.compare",
     "benchmark": "runtime.benchmark",
     "audit": "runtime.audit",
+    "inspect": "runtime.inspect_bundle",
 }
 
 

@@ -1,14 +1,13 @@
-"""What an engine is built for, and building it; needs no GPU with TensorRT-RTX."""
+"""Building an engine; needs no GPU with TensorRT-RTX."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import onnx_ir as ir
+from typing import Any
 
 from export.aot_build import register_aot
 from export.builder_callbacks import (
@@ -18,96 +17,37 @@ from export.builder_callbacks import (
     make_logger,
     make_progress_monitor,
 )
+from export.engine_config import (
+    DTYPES,
+    PLUGINS,
+    PRECISIONS,
+    EngineBuildError,
+    EngineConfig,
+    Precision,
+)
+from export.engine_network import allow_decomposed_attention, check_network, check_plugins
+from export.plan.entries import READ_VERSION, PlanError, read_plan
+from export.plan.summary import PlanSummary, summarize
 from export.profiles import Profile, step_profiles
 from model.contract import StepContract
-from plugins.custom_op import DOMAIN
 from plugins.tensorrt_plugin import deregister_plugins, register_plugins
-from runtime.backends.base import Limits
-from runtime.tensorrt_module import PRODUCTS, Product, load_plugin_module, load_tensorrt
+from runtime.tensorrt_module import load_plugin_module, load_tensorrt
 
-Precision = Literal["fp16", "bf16", "fp32"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-PluginChoice = Literal["none", "doge", "doge-aot"]
-PLUGINS: tuple[PluginChoice, ...] = get_args(PluginChoice)
-DTYPES: dict[Precision, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+__all__ = [
+    "DTYPES",
+    "PLUGINS",
+    "PRECISIONS",
+    "BuiltEngine",
+    "EngineBuildError",
+    "EngineConfig",
+    "EngineReport",
+    "Precision",
+    "build_engine",
+    "check_builder",
+    "read_plan_of_build",
+]
 
-
-class EngineBuildError(Exception):
-    """The engine could not be built; the message says at which stage, and the builder's reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """What an engine is built for. Each field has a command-line flag of the same name."""
-
-    backend: Product = "tensorrt_rtx"
-    targets: tuple[str, ...] = ("sm89",)
-    precision: Precision = "fp16"
-    plugin: PluginChoice = "none"
-    max_batch_size: int = 4
-    max_input_len: int
-    max_seq_len: int
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.backend not in PRODUCTS:
-            problems.append(f"backend must be one of {', '.join(PRODUCTS)}, got {self.backend!r}")
-        if self.precision not in PRECISIONS:
-            problems.append(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        if self.plugin not in PLUGINS:
-            problems.append(f"plugin must be one of {', '.join(PLUGINS)}, got {self.plugin!r}")
-        if self.plugin == "doge-aot" and self.backend != "tensorrt":
-            problems.append(
-                f"plugin doge-aot needs backend tensorrt, got {self.backend!r}: TensorRT-RTX has "
-                "no plugins whose kernels an engine holds; use plugin doge there"
-            )
-        if self.plugin == "doge-aot" and len(self.targets) != 1:
-            problems.append("plugin doge-aot is built for the GPU present; name one target")
-        if not self.targets:
-            problems.append("targets must name at least one GPU architecture, e.g. sm89")
-        problems += [
-            f"target must look like sm89, got {target!r}"
-            for target in self.targets
-            if not re.fullmatch(r"sm\d{2,3}", target)
-        ]
-        if len(set(self.targets)) != len(self.targets):
-            problems.append(f"targets must differ, got {','.join(self.targets)}")
-        problems += [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in ("max_batch_size", "max_input_len", "max_seq_len")
-            if getattr(self, name) < 1
-        ]
-        if self.max_seq_len < self.max_input_len:
-            problems.append(
-                f"max_seq_len ({self.max_seq_len}) must cover max_input_len ({self.max_input_len})"
-            )
-        if problems:
-            raise ValueError("invalid EngineConfig: " + "; ".join(problems))
-
-    @property
-    def limits(self) -> Limits:
-        """The limits that bundle and profiles share."""
-        return Limits(
-            max_batch_size=self.max_batch_size,
-            max_input_len=self.max_input_len,
-            max_seq_len=self.max_seq_len,
-        )
-
-    @property
-    def file_name(self) -> str:
-        """Name of the engine file in a bundle's `engines/`."""
-        return f"{self.backend}-{'-'.join(self.targets)}-{self.precision}{self._suffix}.engine"
-
-    @property
-    def variant_name(self) -> str:
-        """Name of the engine among its backend's variants."""
-        return f"{self.precision}-{'-'.join(self.targets)}{self._suffix}"
-
-    @property
-    def _suffix(self) -> str:
-        return "" if self.plugin == "none" else f"-{self.plugin}"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +60,8 @@ class EngineReport:
         cache_updates: in-place cache writes.
         plugin_layers: layers run by plugins.
         kernels: names of the kernels that the plugins may launch.
-        fused_attention: entries of the compiled plan that are one fused attention kernel, by
-            profile; None where the builder's log does not show the plan.
+        plan: the compiled plan in numbers; None where the builder's log does not show it in a
+            form that is known.
         profiles: the optimization profiles.
         builder_version: version of the product that built it.
     """
@@ -131,9 +71,14 @@ class EngineReport:
     cache_updates: int
     plugin_layers: int
     kernels: tuple[str, ...]
-    fused_attention: int | None
+    plan: PlanSummary | None
     profiles: tuple[Profile, ...]
     builder_version: str
+
+    @property
+    def fused_attention(self) -> int | None:
+        """Plan entries of all profiles that are one fused attention; None without a plan."""
+        return None if self.plan is None else self.plan.fused_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,14 +170,16 @@ def _build(
             f"{config.backend} cannot parse the {config.precision} model: "
             + "; ".join(reasons or log.errors)
         )
-    _check_network(network, contract)
-    _allow_decomposed_attention(trt, network)
+    check_network(network, contract)
+    allow_decomposed_attention(trt, network)
     layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
-    _check_plugins(onnx_path, config, layers["PLUGIN_V3"])
+    check_plugins(onnx_path, config, layers["PLUGIN_V3"])
 
     profiles = step_profiles(config.limits)
     builder_config = builder.create_builder_config()
     builder_config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # One stream: the kernels stay the same (docs/plan.md), and none waits for another stream.
+    builder_config.max_aux_streams = 0
     _set_targets(trt, builder_config, config)
     for profile in profiles:
         _add_profile(builder, builder_config, profile, contract)
@@ -252,55 +199,39 @@ def _build(
             cache_updates=layers["KV_CACHE_UPDATE"],
             plugin_layers=layers["PLUGIN_V3"],
             kernels=(),
-            fused_attention=count_fused_attention(log.verbose),
+            plan=read_plan_of_build(trt, log, profiles, contract),
             profiles=profiles,
             builder_version=str(trt.__version__),
         ),
     )
 
 
-def _check_network(network: Any, contract: StepContract) -> None:
-    """The parsed network's inputs and outputs must be the contract's, name by name."""
-    found_inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-    found_outputs = [network.get_output(i).name for i in range(network.num_outputs)]
-    expected_inputs = [spec.name for spec in contract.inputs]
-    expected_outputs = [spec.name for spec in contract.outputs]
-    if found_inputs != expected_inputs or found_outputs != expected_outputs:
-        raise EngineBuildError(
-            f"the parsed network has inputs {found_inputs} and outputs {found_outputs}, the "
-            f"contract {expected_inputs} and {expected_outputs}"
-        )
+def read_plan_of_build(
+    trt: Any, log: BuildLog, profiles: tuple[Profile, ...], contract: StepContract
+) -> PlanSummary | None:
+    """The plan from the builder's log, which must have the form that is known for its version.
 
-
-def _check_plugins(onnx_path: Path, config: EngineConfig, found: int) -> None:
-    """Every custom op must have become a plugin layer, or none must have.
-
-    When the parser finds no plugin for a node it expands the function without a word, and the
-    engine is merely slow.
+    Raises:
+        EngineBuildError: the version is known, and the form is another.
     """
-    nodes = Counter(node.op_type for node in ir.load(onnx_path).graph if node.domain == DOMAIN)
-    expected = 0 if config.plugin == "none" else nodes.total()
-    if found != expected:
-        counts = ", ".join(f"{count} {name}" for name, count in sorted(nodes.items()))
-        raise EngineBuildError(
-            f"the model has {counts or 'no custom ops'}, and --plugin {config.plugin} asks for "
-            f"{expected} plugin layers; the parsed network has {found}. The parser expands the "
-            "function of a node whose plugin it does not find: its name, version or namespace "
-            "differs from the node's"
-        )
-
-
-def _allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Let the builder take several kernels for an attention that no fused one fits.
-
-    Without this, a head count, a fixed length of 1 or float32 can fail the whole build. Layers
-    arrive as plain ILayer; the class gives access to the attention behind one.
-    """
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
-            layer.__class__ = trt.IAttentionOutputLayer
-            layer.attention.decomposable = True
+    try:
+        plan = read_plan(log.messages, len(profiles))
+    except PlanError as error:
+        if trt.__name__ == "tensorrt_rtx" and trt.__version__ == READ_VERSION:
+            raise EngineBuildError(f"the engine was built, but not its report: {error}") from error
+        logger.warning("no plan in the report of %s %s: %s", trt.__name__, trt.__version__, error)
+        return None
+    slots = int(contract.past[0].shape[2])
+    summary = summarize(
+        plan,
+        [profile.name for profile in profiles],
+        layers=len({spec.name.split(".")[1] for spec in contract.past}),
+        cache_bytes=contract.bytes_per_token() * slots,
+    )
+    if summary.unknown_kinds:
+        kinds = ", ".join(summary.unknown_kinds)
+        logger.warning("plan entries of unknown kinds are counted as kernels: %s", kinds)
+    return summary
 
 
 def _compute_capabilities(trt: Any, targets: tuple[str, ...]) -> list[Any]:
@@ -332,20 +263,3 @@ def _add_profile(
         built.set_shape(spec.name, *profile.shapes(spec))
     if builder_config.add_optimization_profile(built) < 0:
         raise EngineBuildError(f"the builder refused the {profile.name} profile")
-
-
-def count_fused_attention(verbose: list[str]) -> int | None:
-    """Fused attention kernels in the compiled plan, over all profiles.
-
-    The plan stands only in the builder's verbose log, in a text that is not documented (seen in
-    TensorRT-RTX 1.7.1): one line per entry in a section `Layers:`, fused attention named
-    `…_gemm_mha_v2…` or `…_gemv_mha_v1…`.
-
-    Returns:
-        The count, or None when the log holds no such section.
-    """
-    text = "\n".join(verbose)
-    if "Layers:" not in text:
-        return None
-    plan = text[text.index("Layers:") :]
-    return sum(1 for line in plan.splitlines() if re.search(r"_gem[mv]_mha_v\d", line))

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from export.engine import DTYPES, EngineConfig
+from export.engine_config import DTYPES, EngineConfig
+from export.lowerings.engine_weights import format_in_engine, narrow_bytes, weight_format
 from model.config import DogeConfig
 from model.contract import DTYPE_BYTES, step_contract
 from model.generations import Generation
@@ -51,7 +52,8 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
     Rotary tables come on top; what an export leaves out of a seed (its stored mask, for one) is
     known only from the weights.
     """
-    sizes = {name: prod(shape) for name, shape in generation.tensor_shapes(config).items()}
+    shapes = generation.tensor_shapes(config)
+    parameters = sum(prod(shape) for shape in shapes.values())
     item = DTYPE_BYTES[DTYPES[engine.precision]]
     contract = step_contract(
         config,
@@ -60,11 +62,19 @@ def estimate(config: DogeConfig, generation: Generation, engine: EngineConfig) -
         cache_dtype=DTYPES[engine.precision],
     )
     per_token = contract.bytes_per_token()
-    read = weight_numbers_per_step(config, generation, 1) * item
+    saved = 0
+    if (weights := weight_format(engine.precision)) is not None:
+        tied = config.tie_word_embeddings
+        saved = sum(
+            prod(shape) * item - narrow_bytes(shape, narrow)
+            for name, shape in shapes.items()
+            if (narrow := format_in_engine(name, shape, weights, tied=tied)) is not None
+        )
+    read = weight_numbers_per_step(config, generation, 1) * item - saved
     return Estimate(
-        parameters=sum(sizes.values()),
-        onnx_bytes=sum(sizes.values()) * DTYPE_BYTES["float32"],
-        engine_bytes=sum(sizes.values()) * item,
+        parameters=parameters,
+        onnx_bytes=parameters * DTYPE_BYTES["float32"],
+        engine_bytes=parameters * item - saved,
         kv_bytes_per_token=per_token,
         kv_bytes=per_token * engine.max_seq_len * engine.max_batch_size,
         read_bytes_per_token=read,

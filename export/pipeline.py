@@ -22,9 +22,12 @@ from export.engine import (
     build_engine,
     check_builder,
 )
+from export.engine_quality import EngineQuality
+from export.estimate import estimate
 from export.graph import MODEL_NAME, export_onnx
 from export.kernel_build import op_uses, write_kernels
 from export.lowerings.cpu import CPU_PRECISIONS
+from export.lowerings.engine_weights import weight_format
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
@@ -67,6 +70,7 @@ class BuildRequest:
         router_mode: overrides the checkpoint's, None keeps it.
         keep_checkpoint: put the checkpoint into the bundle, for backend torch.
         force: build everything anew instead of adding to a bundle of the same source.
+        eval_text: a text on which an engine's precision is measured; None samples one.
     """
 
     location: ModelLocation | None
@@ -78,6 +82,7 @@ class BuildRequest:
     router_mode: str | None
     keep_checkpoint: bool
     force: bool
+    eval_text: Path | None = None
 
 
 @dataclass(kw_only=True)
@@ -89,7 +94,8 @@ class BuildResult:
         bundle: the finished bundle.
         timings: seconds by stage.
         engine: the engine's part of the report, None when none was built.
-        quality: what narrow weights lose, None when no narrow model was built or measured.
+        quality: what narrow weights lose, None when no narrow model was built or measured. Where
+            the CPU's model and the engine were, the CPU's; `engine` has its own.
         warnings: what the user should know.
     """
 
@@ -290,8 +296,14 @@ class _Build:
         with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
             with self._progress.stage(f"lower to {config.precision}"):
                 lowered = lower_for_tensorrt(
-                    canonical, Path(scratch), dtype, aot_plugins=config.plugin == "doge-aot"
+                    canonical,
+                    Path(scratch),
+                    dtype,
+                    weights=weight_format(config.precision),
+                    plugins=config.plugin == "doge",
+                    aot_plugins=config.plugin == "doge-aot",
                 )
+            quality = self._engine_quality(config, canonical, lowered)
             kernels = self._kernels(config, dtype)
             with self._progress.stage("build engine"):
                 built = build_engine(lowered, config, contract, self._progress, kernels=kernels)
@@ -299,6 +311,10 @@ class _Build:
         self._writer.path_for(relative).write_bytes(built.blob)
         self._writer.add_file("engine", relative)
         details = _engine_details(config, built.report, contract, dtype)
+        details["quality"] = quality
+        if weight_format(config.precision) is not None:
+            shape = (self._checkpoint.config, self._checkpoint.generation)
+            details["read_bytes_per_token"] = estimate(*shape, config).read_bytes_per_token
         variant = Variant(
             backend=config.backend,
             name=config.variant_name,
@@ -308,14 +324,47 @@ class _Build:
         )
         self._variants.append(variant)
         self._variants.sort(key=_preference)
-        keys = ("targets", "layers", "plugin_layers", "fused_attention")
+        keys = ("targets", "layers", "plugin_layers", "fused_attention", "plan")
         return {
             "backend": config.backend,
             "precision": config.precision,
             "cache_updates": built.report.cache_updates,
             "attention": built.report.attention,
+            "quality": quality,
             **{key: details[key] for key in keys},
         }
+
+    def _engine_quality(
+        self, config: EngineConfig, canonical: Path, lowered: Path
+    ) -> dict[str, Any] | None:
+        """Measure what the engine's precision loses, before the long build."""
+        name, request = config.variant_name, self._request
+        check = f"engine_{name}_quality"
+        self._checks.pop(check, None)
+        measured = EngineQuality(
+            canonical,
+            self._checkpoint,
+            request.limits,
+            trained=request.random_shape is None,
+            eval_text=request.eval_text,
+        )
+        reason = measured.why_not(config)
+        if reason is not None:
+            logger.info("the quality of %s is not measured: %s", name, reason)
+            return None
+        with self._progress.stage(f"measure the quality of {name}"):
+            if config.plugin == "doge-aot":  # ONNX Runtime lacks these plugins; the weights count
+                folder = lowered.with_suffix("")
+                folder.mkdir()
+                dtype, weights = DTYPES[config.precision], weight_format(config.precision)
+                lowered = lower_for_tensorrt(canonical, folder, dtype, weights=weights)
+            quality = measured.measure(config, lowered, force=request.force)
+        found = {"variant": f"{config.backend}:{name}", **quality.as_dict()}
+        self._checks[check] = {"passed": quality.accepted, **quality.as_dict()}
+        self.quality = self.quality or found
+        if not quality.accepted:
+            self._warn(f"{found['variant']} loses more than its bound: {quality}")
+        return found
 
     def _kernels(self, config: EngineConfig, dtype: str) -> frozenset[str]:
         """Compile what the engine's plugins launch into the bundle; their names."""
@@ -372,9 +421,9 @@ class _Build:
 def _preference(variant: Variant) -> int:
     """Place among a backend's variants, of which the first is its default.
 
-    Engines: fp16 before bf16 before fp32, TensorRT's own layers before plugins. The CPU: lowered
-    models before the canonical one, fp32 before narrow ones, a cache of float32 before one of 8
-    bits.
+    Engines: fp16 before bf16 before fp32 before narrow weights, TensorRT's own layers before
+    plugins. The CPU: lowered models before the canonical one, fp32 before narrow ones, a cache of
+    float32 before one of 8 bits.
     """
     if variant.name == CANONICAL:
         return 2 * (len(PRECISIONS) + len(CPU_PRECISIONS))
@@ -409,6 +458,7 @@ def _engine_details(
         "plugin_layers": report.plugin_layers,
         "kernels": list(report.kernels),
         "fused_attention": report.fused_attention,
+        "plan": None if report.plan is None else report.plan.as_dict(),
     }
 
 

@@ -2,7 +2,7 @@
 
 Measured on text that the float32 model itself samples with a fixed seed: there the perplexity rises
 by exactly the divergence of the two (their mean log ratio), whatever the model was trained on. Or
-on a text that is given.
+on a text that is given. The same for an engine's precision (`export/engine_quality.py`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Backend
+from export.sources import Checkpoint
+from runtime.backends.base import Backend, Limits
 from runtime.sampling import SamplingParams
-from runtime.scoring import Score, score_logits
+from runtime.scoring import Score, ScoreMode, score_logits, split_windows
 from runtime.session import GenerationSession
+from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# How much higher the perplexity may be, by bits of a weight.
-BOUNDS = {8: 0.02, 4: 0.10}
+# How much higher the perplexity may be, by bits of a weight. 16 bits may not lose more than 8 do.
+BOUNDS = {16: 0.02, 8: 0.02, 4: 0.10}
 SAMPLED_SEQUENCES = 4
 SAMPLED_LENGTH = 256
 SEED = 0
@@ -77,8 +80,9 @@ def measure_quality(
     bits: int,
     first_token: int | None,
     windows: Sequence[Sequence[int]] | None = None,
+    mode: ScoreMode = "decode",
 ) -> Quality:
-    """Score one text with both, token by token as generation runs them.
+    """Score one text with both.
 
     Args:
         reference: the float32 model.
@@ -86,11 +90,12 @@ def measure_quality(
         bits: of a weight of the candidate, a key of `BOUNDS`.
         first_token: what sampled sequences begin with; None begins with the ids 0, 1, ….
         windows: a given text; None samples one from the reference.
+        mode: token by token as generation runs them, or all at once.
     """
     text = "sampled" if windows is None else "given"
     if windows is None:
         windows = sample_text(reference, first_token)
-    scores = [_score(backend, windows) for backend in (reference, candidate)]
+    scores = [_score(backend, windows, mode) for backend in (reference, candidate)]
     return Quality(
         text=text,
         tokens=scores[0].tokens,
@@ -112,13 +117,27 @@ def sample_text(reference: Backend, first_token: int | None) -> list[list[int]]:
     return rows
 
 
-def _score(backend: Backend, windows: Sequence[Sequence[int]]) -> Score:
+def text_windows(path: Path, checkpoint: Checkpoint, limits: Limits) -> Sequence[Sequence[int]]:
+    """The tokens of a text file, in windows of a sampled sequence's length.
+
+    Raises:
+        FileNotFoundError: the checkpoint has no tokenizer, or there is no such text.
+    """
+    if not checkpoint.tokenizer_files:
+        raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer, which --eval-text needs")
+    tokenizer = Tokenizer.open(checkpoint.folder)
+    ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+    length = min(SAMPLED_LENGTH, limits.max_seq_len)
+    return split_windows(ids, length, tokenizer.bos_token_id)
+
+
+def _score(backend: Backend, windows: Sequence[Sequence[int]], mode: ScoreMode) -> Score:
     """Windows of one length side by side."""
     by_length: dict[int, list[Sequence[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
     rows: list[tuple[float, ...]] = []
     for group in by_length.values():
-        _, score = score_logits(backend, np.array(group, np.int64), "decode")
+        _, score = score_logits(backend, np.array(group, np.int64), mode)
         rows += score.token_logprobs
     return Score(token_logprobs=tuple(rows))

@@ -83,6 +83,7 @@ IMPORT_NAMES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("huggingface_hub",),
     "hypothesis": ("hypothesis",),
     "jinja2": ("jinja2",),
+    "ml_dtypes": ("ml_dtypes",),
     "mypy": ("mypy", "mypyc"),
     "numpy": ("numpy",),
     "onnx": ("onnx",),

@@ -1,8 +1,9 @@
 """Lowering to float16 or bfloat16 for TensorRT, which takes precision from the model alone.
 
-Everything becomes half precision except the mask scores: what computes, caches and compares them
-stays float32, so the engine selects the same keys as the float32 model and exp(A · softplus(·)),
-which overflows float16 above 11.09, cannot. Logits are cast back to float32, as the contract says.
+Everything becomes half precision except the mask scores and what earlier passes marked by
+`stay_float32`. What computes, caches and compares scores stays float32, so the engine selects the
+same keys as the float32 model and exp(A · softplus(·)), which overflows float16 above 11.09,
+cannot. Logits are cast back to float32, as the contract says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.functions import attach_functions
+from export.lowerings.float_nodes import stays_float32
 from plugins.custom_op import DOMAIN
 from plugins.dynamic_mask_attention.function import LOWEST
 from plugins.registry import DYNAMIC_MASK_ATTENTION
@@ -37,11 +39,11 @@ def lower_to_half(model: ir.Model, dtype: HalfType) -> None:
     """
     half = _IR_TYPES[dtype]
     graph = model.graph
-    scores = _score_nodes(graph)
-    for value in _float_values(graph, scores):
+    kept = _score_nodes(graph) | {node for node in graph if stays_float32(node)}
+    for value in _float_values(graph, kept):
         value.dtype = half
-    _convert_initializers(graph, scores, half, dtype)
-    _cast_into_scores(graph, scores, half)
+    _convert_initializers(graph, kept, half, dtype)
+    _cast_between(graph, kept, half)
     _cast_logits(graph)
     attach_functions(model, attention_dtype=dtype)
 
@@ -85,7 +87,7 @@ def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
     return found
 
 
-def _float_values(graph: ir.Graph, scores: set[ir.Node]) -> Iterator[ir.Value]:
+def _float_values(graph: ir.Graph, kept: set[ir.Node]) -> Iterator[ir.Value]:
     """Inputs and node outputs that become half precision."""
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT and not _is_score(value):
@@ -96,7 +98,7 @@ def _float_values(graph: ir.Graph, scores: set[ir.Node]) -> Iterator[ir.Value]:
                 f"the lowering to half precision does not know {node.op_type} nodes ({node.name}); "
                 "the canonical model has none in its main graph"
             )
-        if node in scores:
+        if node in kept:
             continue
         yield from (value for value in node.outputs if value.dtype == ir.DataType.FLOAT)
 
@@ -105,16 +107,19 @@ def _is_score(value: ir.Value) -> bool:
     return value.name is not None and value.name.endswith(".score")
 
 
+def _reads_bias(node: ir.Node, place: int) -> bool:
+    """Whether an input is the score or bias of attention, which the op takes as float32."""
+    return (
+        node.domain == DOMAIN
+        and node.op_type == DYNAMIC_MASK_ATTENTION.name
+        and place == DYNAMIC_MASK_ATTENTION.inputs.index("score")
+    )
+
+
 def _is_mask_bias(value: ir.Value) -> bool:
     """Whether a stored tensor stands where a generation with scores has its cached scores."""
-    place = DYNAMIC_MASK_ATTENTION.inputs.index("score")
     uses = list(value.uses())
-    return bool(uses) and all(
-        use.node.domain == DOMAIN
-        and use.node.op_type == DYNAMIC_MASK_ATTENTION.name
-        and use.idx == place
-        for use in uses
-    )
+    return bool(uses) and all(_reads_bias(use.node, use.idx) for use in uses)
 
 
 def _clip_mask_bias(value: ir.Value, dtype: HalfType) -> None:
@@ -129,38 +134,51 @@ def _clip_mask_bias(value: ir.Value, dtype: HalfType) -> None:
 
 
 def _convert_initializers(
-    graph: ir.Graph, scores: set[ir.Node], half: ir.DataType, dtype: HalfType
+    graph: ir.Graph, kept: set[ir.Node], half: ir.DataType, dtype: HalfType
 ) -> None:
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT:
             continue
-        users = {node for node in value.consumers() if node is not None}
-        if users and users <= scores:
+        uses = [use for use in value.uses() if use.node not in kept]
+        if value.uses() and not uses:
             continue
         if _is_mask_bias(value):
             _clip_mask_bias(value, dtype)
             continue
-        if users & scores:
-            raise ValueError(f"{value.name} serves mask scores and other values; split it first")
         array = tensor.numpy().astype(half.numpy())
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{value.name} has numbers that {dtype} cannot hold; use bf16 or fp32")
-        value.const_value = ir.tensor(array, name=value.name)
-        value.dtype = half
-
-
-def _cast_into_scores(graph: ir.Graph, scores: set[ir.Node], half: ir.DataType) -> None:
-    """Cast to float32 what the score nodes read from the rest of the graph."""
-    casts: dict[ir.Value, ir.Value] = {}
-    for node in graph:
-        if node not in scores:
+        if len(uses) == len(list(value.uses())):
+            value.const_value = ir.tensor(array, name=value.name)
+            value.dtype = half
             continue
+        name = f"{value.name}.{dtype}"  # float32 for some nodes, half for others
+        copy = ir.Value(
+            name=name,
+            shape=value.shape,
+            type=ir.TensorType(half),
+            const_value=ir.tensor(array, name=name),
+        )
+        graph.register_initializer(copy)
+        for use in uses:
+            use.node.replace_input_with(use.idx, copy)
+
+
+def _cast_between(graph: ir.Graph, kept: set[ir.Node], half: ir.DataType) -> None:
+    """Cast to float32 what the kept nodes read from the rest of the graph, and back."""
+    casts: dict[ir.Value, ir.Value] = {}
+    for node in list(graph):
+        wanted, other = half, ir.DataType.FLOAT
+        if node in kept:
+            wanted, other = other, half
         for index, value in enumerate(node.inputs):
-            if value is None or value.dtype != half:
+            if value is None or value.dtype != other or _reads_bias(node, index):
                 continue
+            if value.is_initializer():
+                continue  # a table that is converted by itself, or one that stays float32
             if value not in casts:
-                casts[value] = _insert_cast(node, value, ir.DataType.FLOAT)
+                casts[value] = _insert_cast(node, value, wanted)
             node.replace_input_with(index, casts[value])
 
 

@@ -30,6 +30,9 @@ BLOCK_SIZE = 128
 # cut that number off so that all others are finer. Either sign of the scale gives the largest
 # number the end of the range that has one value more.
 _PARTS_OF_SCALE = tuple(sign * part for part in np.linspace(0.7, 1.05, 8) for sign in (1, -1))
+# Likewise where scales are positive: from one that cuts the largest number off to one whose -8, if
+# the largest number is negative, just reaches it.
+_POSITIVE_PARTS = tuple(np.linspace(0.65, 1.0, 16))
 _CHUNK = 1 << 18  # weights rounded at a time, which bounds the memory of the search
 
 
@@ -77,32 +80,52 @@ def quantize_blocks(
             f"blocks of {block_size} inputs do not divide {weight.shape[1]} inputs, expected a "
             "size that does; fitting_block_size finds it"
         )
-    zero = 1 << (bits - 1)
-    blocks = weight.reshape(-1, block_size)
-    levels = np.empty(blocks.shape, np.uint8)
+    levels, scales = round_blocks(weight.reshape(-1, block_size), bits)
+    stored = (levels.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    if bits == 4:
+        stored = np.bitwise_or(stored[:, 0::2], np.left_shift(stored[:, 1::2], np.uint8(4)))
+    return stored.reshape(len(weight), -1, stored.shape[1]), scales.reshape(len(weight), -1)
+
+
+def round_blocks(
+    blocks: npt.NDArray[np.float32], bits: Bits, *, positive: bool = False
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Whole numbers around zero and scales whose products are near the blocks.
+
+    Args:
+        blocks: [n, block] numbers, each block with a scale of its own.
+        bits: 8 rounds to nearest, 4 searches for the scale.
+        positive: allow no negative scales, which TensorRT refuses. The additional number at the
+            end of the range then serves negative numbers alone.
+
+    Returns:
+        [n, block] int8, from -2^(bits-1) to 2^(bits-1) - 1, and [n] scales.
+    """
+    levels = np.empty(blocks.shape, np.int8)
     scales = np.empty(len(blocks), np.float32)
-    step = max(1, _CHUNK // block_size)
+    step = max(1, _CHUNK // blocks.shape[1])
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        rounded, scales[part] = _round_blocks(blocks[part], bits)
-        levels[part] = rounded + zero
-    if bits == 4:
-        levels = np.bitwise_or(levels[:, 0::2], np.left_shift(levels[:, 1::2], np.uint8(4)))
-    return levels.reshape(len(weight), -1, levels.shape[1]), scales.reshape(len(weight), -1)
+        levels[part], scales[part] = _round_blocks(blocks[part], bits, positive=positive)
+    return levels, scales
 
 
 def _round_blocks(
-    blocks: npt.NDArray[np.float32], bits: Bits
+    blocks: npt.NDArray[np.float32], bits: Bits, *, positive: bool
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Whole numbers [n, block] and scales [n] whose products are near `blocks`."""
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)[:, 0]
-    scales = largest / np.float32(-(1 << (bits - 1)))
-    levels = _levels(blocks, scales, bits)
+    end = 1 << (bits - 1)
+    parts = _PARTS_OF_SCALE
+    reach, reached = largest, -end
+    if positive:
+        parts, reach, reached = _POSITIVE_PARTS, np.abs(largest), end - 1
+    scales = reach / np.float32(reached)
+    levels = levels_of(blocks, scales, bits)
     if bits == 8:
         return levels, scales
     error = _squared_error(blocks, levels, scales)
-    for part in _PARTS_OF_SCALE:
-        tried = _levels(blocks, largest / np.float32(-8 / part), bits)
+    for part in parts:
+        tried = levels_of(blocks, reach / np.float32(reached / part), bits)
         # The best scale for these levels is the least-squares one.
         norms = (tried * tried).sum(-1)
         fitted = (blocks * tried).sum(-1) / np.maximum(norms, 1)  # norms are whole numbers
@@ -113,9 +136,10 @@ def _round_blocks(
     return levels, scales
 
 
-def _levels(
+def levels_of(
     blocks: npt.NDArray[np.float32], scales: npt.NDArray[np.float32], bits: Bits
 ) -> npt.NDArray[np.float32]:
+    """Whole numbers in the range of `bits` that, times the scales [n], come nearest the blocks."""
     # Of a subnormal scale the inverse may be infinite; what it would reach is as good as zero.
     normal = np.abs(scales) >= np.finfo(np.float32).tiny
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=normal)

@@ -115,7 +115,7 @@ def test_attributes_carry_what_the_custom_op_said(canonical, tmp_path):
 
 
 def test_join_takes_over_the_name_of_the_attention(canonical, tmp_path):
-    model = ir.load(lower_for_tensorrt(canonical("moe"), tmp_path, "float16"))
+    model = ir.load(lower_for_tensorrt(canonical("moe"), tmp_path, "float16", plugins=True))
     before = next(n for n in doge_nodes(model) if n.op_type == "DynamicMaskAttention").outputs[0]
     name, shape, readers = before.name, before.shape, list(before.consumers())
     assert use_aot_plugins(model) == 4
@@ -209,7 +209,7 @@ def test_several_targets_are_refused(tmp_path):
 
 
 def test_model_that_was_not_lowered_so_is_refused(canonical, tmp_path):
-    model = ir.load(lower_for_tensorrt(canonical("moe"), tmp_path, "float16"))
+    model = ir.load(lower_for_tensorrt(canonical("moe"), tmp_path, "float16", plugins=True))
     with pytest.raises(ValueError, match=r"DynamicMaskAttention .* lower the model with aot_plug"):
         list(model_kernels(model))
 

@@ -11,10 +11,18 @@ from types import SimpleNamespace
 import onnx_ir as ir
 import pytest
 
-from export.engine import EngineBuildError, EngineConfig, build_engine, check_builder
+from export.builder_callbacks import BuildLog
+from export.engine import (
+    EngineBuildError,
+    EngineConfig,
+    build_engine,
+    check_builder,
+    read_plan_of_build,
+)
 from export.estimate import estimate
 from export.graph import export_onnx
 from export.lowerings.tensorrt import lower_for_tensorrt
+from export.plan.entries import READ_VERSION
 from export.profiles import step_profiles
 from export.progress import BuildProgress
 from model.checkpoint import load_checkpoint
@@ -172,3 +180,23 @@ def test_read_only_installation_gets_the_link_to_make(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", refuse)
     with pytest.raises(BackendUnavailableError, match=r"Read-only.*ln -s libtensorrt_rtx\.so\.1"):
         load_tensorrt("tensorrt_rtx")
+
+
+@pytest.mark.parametrize(
+    ("product", "version", "refused"),
+    [
+        ("tensorrt_rtx", READ_VERSION, True),
+        ("tensorrt_rtx", "1.8.0.1", False),
+        ("tensorrt", "11.4", False),
+    ],
+)
+def test_log_without_a_plan_is_an_error_where_its_form_is_known(caplog, product, version, refused):
+    network = SimpleNamespace(__name__=product, __version__=version)
+    contract = SimpleNamespace()
+    profiles = step_profiles(Limits(max_batch_size=1, max_input_len=8, max_seq_len=8))
+    if refused:
+        with pytest.raises(EngineBuildError, match=r"not its report: .* 0 sections `Layers:`"):
+            read_plan_of_build(network, BuildLog(), profiles, contract)
+        return
+    assert read_plan_of_build(network, BuildLog(), profiles, contract) is None
+    assert f"no plan in the report of {product} {version}" in caplog.text

@@ -1,0 +1,101 @@
+"""How many kernels a decode step may have: engines are built for sm_89, nothing is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from export.engine import EngineConfig, EngineReport, build_engine
+from export.graph import export_onnx
+from export.lowerings.tensorrt import PASSES, lower_for_tensorrt
+from export.plan.summary import PlanSummary
+from export.progress import BuildProgress
+from export.sources import BUNDLED_CHECKPOINT
+from model.checkpoint import load_checkpoint
+from model.contract import step_contract
+from model.random_weights import write_random_checkpoint
+from model.released import released_shape
+
+
+def built(
+    checkpoint: Path, work: Path, *, slots: int, left_out: frozenset[str] = frozenset()
+) -> EngineReport:
+    """The report of a float16 engine."""
+    network = load_checkpoint(checkpoint)
+    path = export_onnx(network, work / "model.onnx", max_seq_len=slots)
+    path = lower_for_tensorrt(path, work, "float16", left_out=left_out)
+    contract = step_contract(
+        network.config, network.generation, max_seq_len=slots, cache_dtype="float16"
+    )
+    config = EngineConfig(precision="fp16", max_input_len=slots, max_seq_len=slots)
+    return build_engine(path, config, contract, BuildProgress(quiet=True)).report
+
+
+def plan_of(report: EngineReport) -> PlanSummary:
+    assert report.plan is not None
+    return report.plan
+
+
+def test_plan_of_the_bundled_model_stays_within_its_budget(tmp_path):
+    """Experts, and a keep window that selects, which takes 5 kernels more."""
+    report = built(BUNDLED_CHECKPOINT, tmp_path, slots=1024)
+    decode, prefill = plan_of(report).profiles
+    assert (decode.name, prefill.name) == ("decode", "prefill")
+    assert decode.entries_per_layer <= 23
+    assert decode.fused_attention == prefill.fused_attention == 4
+    assert decode.streams == prefill.streams == 1
+    assert decode.waits == prefill.waits == 0
+    assert "other" not in decode.by_part
+    assert set(decode.by_part) <= {"embedding", "attention", "feed_forward", "head"}
+    assert decode.activation_bytes < prefill.activation_bytes
+    assert decode.weight_bytes < plan_of(report).weights_bytes
+    assert report.cache_updates == 3 * 4
+
+
+@pytest.mark.slow
+def test_plan_without_selection_stays_within_its_budget(tmp_path):
+    """Up to the keep window nothing is selected: the plan of a released model with experts."""
+    report = built(BUNDLED_CHECKPOINT, tmp_path, slots=256)
+    decode, _ = plan_of(report).profiles
+    assert decode.entries <= 15 * 4 + 4
+
+
+# Kernels a layer, those outside layers included, as docs/plan.md has them.
+BUDGETS = {"doge-20m": 11.5, "doge-20m-moe": 15.5, "doge-20m-g3": 11.5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUDGETS)
+def test_plan_of_a_released_shape_stays_within_its_budget(tmp_path, name):
+    shape = released_shape(name)
+    write_random_checkpoint(tmp_path, shape, 0)
+    report = built(tmp_path, tmp_path, slots=2048)
+    decode, _ = plan_of(report).profiles
+    assert decode.entries_per_layer <= BUDGETS[name]
+    assert decode.fused_attention == report.attention == shape.config.num_hidden_layers
+    assert decode.waits == 0
+
+
+@pytest.mark.slow
+def test_plan_of_a_few_layers_of_160m_stays_within_its_budget(tmp_path):
+    """All 24 layers take a minute; benchmarks/plan_entries.py counts them."""
+    shape = released_shape("doge-160m")
+    shape = dataclasses.replace(
+        shape, config=dataclasses.replace(shape.config, num_hidden_layers=3)
+    )
+    write_random_checkpoint(tmp_path, shape, 0)
+    decode, _ = plan_of(built(tmp_path, tmp_path, slots=2048)).profiles
+    assert decode.entries <= 11 * 3 + 3
+    # No kernel but attention and the write reads a cache: 24 MiB of copies would be activations.
+    assert decode.activation_bytes < 10 << 20
+
+
+@pytest.mark.slow
+def test_without_the_passes_the_plan_is_far_beyond_the_budget(tmp_path):
+    """What the budgets would let through if a pass stopped matching anything."""
+    write_random_checkpoint(tmp_path, released_shape("doge-20m"), 0)
+    for name in PASSES[:1] + PASSES[2:]:  # experts: see doge-20m-moe
+        report = built(tmp_path, tmp_path, slots=2048, left_out=frozenset({name}))
+        assert plan_of(report).profiles[0].entries_per_layer > BUDGETS["doge-20m"] + 1
