@@ -18,6 +18,7 @@ import numpy as np
 
 from export.sources import Checkpoint
 from runtime.backends.base import Backend, Limits
+from runtime.comparison.tolerances import PERPLEXITY_RISES
 from runtime.sampling import SamplingParams
 from runtime.scoring import Score, ScoreMode, score_logits, split_windows
 from runtime.session import GenerationSession
@@ -25,8 +26,7 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# How much higher the perplexity may be, by bits of a weight. 16 bits may not lose more than 8 do.
-BOUNDS = {16: 0.02, 8: 0.02, 4: 0.10}
+BOUNDS = PERPLEXITY_RISES
 SAMPLED_SEQUENCES = 4
 SAMPLED_LENGTH = 256
 SEED = 0
