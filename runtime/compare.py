@@ -20,8 +20,8 @@ from runtime.command import NEGATIVE, SUCCESS, CommandParser, UsageError, print_
 from runtime.comparison import (
     PUBLISHED,
     Run,
+    RunReport,
     TapName,
-    TappedReport,
     bundle_taps,
     check_comparable,
     check_subjects,
@@ -185,13 +185,17 @@ def _check_flags(args: argparse.Namespace) -> None:
     if len(loads) == 2:
         decided += ["candidate", "save"]
     if args.save and not loads:
-        decided += ["candidate"]
-    given = [f"--{n.replace('_', '-')}" for n in decided if getattr(args, n) is not None]
+        decided += ["candidate", "html", "repro", "inside", "atol", "rtol"]
+    # A tolerance of 0 was given, a switch that is off was not.
+    there = [n for n in decided if getattr(args, n) is not None and getattr(args, n) is not False]
+    given = [f"--{name.replace('_', '-')}" for name in there]
     if args.bundle2 is not None and (loads or args.save):
         given.append("BUNDLE2")
     if given:
-        flag = f"--load {loads[0]}" if loads else "--save without --load"
-        raise UsageError(f"{flag} decides what is run and fed; leave out {', '.join(given)}")
+        why = "--save without --load records the reference and compares nothing"
+        if loads:
+            why = f"--load {loads[0]} decides what is run and fed"
+        raise UsageError(f"{why}; leave out {', '.join(given)}")
     for name in ("atol", "rtol"):
         value = getattr(args, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -271,7 +275,7 @@ def _inside(found: Run, task: Task) -> InsideReport | None:
 
 
 def _document(
-    report: TappedReport,
+    report: RunReport,
     insides: Sequence[InsideReport | None],
     reference: Run,
     task: Task,

@@ -257,12 +257,23 @@ def test_flags_that_a_loaded_run_decides_are_wrong_usage(
     assert "--load" in outcome.err
 
 
-def test_saving_with_a_candidate_is_wrong_usage(
-    call: Call, moe_bundle: Built, tmp_path: Path
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--candidate", "torch"),
+        ("--html", "x.html"),
+        ("--repro", "x"),
+        ("--inside",),
+        ("--atol", 0.0),
+    ],
+)
+def test_saving_with_what_belongs_to_a_comparison_is_wrong_usage(
+    call: Call, moe_bundle: Built, tmp_path: Path, flags: Any
 ) -> None:
     run = tmp_path / "x.run"
-    outcome = call(compare.main, moe_bundle, "--save", run, "--candidate", "torch")
+    outcome = call(compare.main, moe_bundle, "--save", run, *flags)
     assert outcome.status == USAGE
+    assert f"compares nothing; leave out {flags[0]}" in outcome.err
     assert not run.exists()
 
 

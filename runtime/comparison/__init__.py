@@ -9,6 +9,7 @@ from runtime.comparison.logits import (
 from runtime.comparison.printed import print_report
 from runtime.comparison.published import PUBLISHED, is_recorded, recorded_run
 from runtime.comparison.record import Run
+from runtime.comparison.run_report import RunReport, compare_runs, run_tolerance
 from runtime.comparison.rungs import (
     Rung,
     bundle_taps,
@@ -18,7 +19,6 @@ from runtime.comparison.rungs import (
     variant_rung,
 )
 from runtime.comparison.saved_run import check_comparable, check_subjects, load_run, save_run
-from runtime.comparison.tapped_report import TappedReport, compare_runs, run_tolerance
 from runtime.comparison.taps import TapName
 from runtime.comparison.tolerances import TOLERANCES, variant_tolerance
 
@@ -28,9 +28,9 @@ __all__ = [
     "ComparisonReport",
     "Divergence",
     "Run",
+    "RunReport",
     "Rung",
     "TapName",
-    "TappedReport",
     "bundle_taps",
     "check_comparable",
     "check_subjects",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from runtime.comparison.free_running import FreeRunning
 from runtime.comparison.logits import ComparisonReport
-from runtime.comparison.tapped_report import TappedReport
+from runtime.comparison.run_report import RunReport
 from runtime.comparison.text import TextComparison
 
 
-def print_report(report: TappedReport) -> None:
+def print_report(report: RunReport) -> None:
     """Print logits, text, free generation, each tap's worst, what is missing, and the verdict."""
     _print_logits(report.logits)
     if report.text is not None:
@@ -54,7 +54,7 @@ def _print_free_running(found: Sequence[FreeRunning]) -> None:
     print(f"generated alone     {equal} of {total} tokens before the first that differs")
 
 
-def _print_taps(report: TappedReport) -> None:
+def _print_taps(report: RunReport) -> None:
     width = max(len(tap.worst.tap) for tap in report.taps)
     print(f"{'tap':{width}}  {'error':>9}  {'relative':>9}  {'of limit':>9}  {'at':>8}  parting")
     for tap in report.taps:

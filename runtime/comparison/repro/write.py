@@ -21,7 +21,7 @@ from runtime.comparison.repro.readme import describe_numbers, describe_piece
 from runtime.comparison.repro.replay import Side
 from runtime.comparison.repro.target import Target, targets_of
 from runtime.comparison.repro.values import NoValueError
-from runtime.comparison.tapped_report import TappedReport
+from runtime.comparison.run_report import RunReport
 from runtime.comparison.taps import CHOICES, LOGITS, TOKEN, TapName
 from runtime.environment import cpu_name, describe_versions, system_name
 
@@ -58,7 +58,7 @@ class ReproSummary:
 
 def write_repro(
     folder: Path,
-    report: TappedReport,
+    report: RunReport,
     reference: Side,
     candidate: Side,
     *,

@@ -14,7 +14,7 @@ from model.doge import DogeForCausalLM
 from runtime.backends.base import Backend, Cache, Limits
 from runtime.backends.torch_backend import TorchBackend
 from runtime.comparison.record import Run, Subject, record_run
-from runtime.comparison.tapped_report import TappedReport, compare_runs
+from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import comparison_taps, sources_of
 
 SLOTS, STEPS = 64, 6
@@ -63,7 +63,7 @@ def compare_with_fault(
     folder: Path,
     plant: Callable[[DogeForCausalLM], None] = lambda network: None,
     before_step: BeforeStep | None = None,
-) -> TappedReport:
+) -> RunReport:
     """The published weights against the same network behind `plant`."""
     right, wrong = load_checkpoint(folder), load_checkpoint(folder)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tapped_model import tapped_session
 from runtime.comparison.choices import chosen_experts, kept_keys
 from runtime.comparison.record import Run, record_run
-from runtime.comparison.tapped_report import TappedReport, compare_runs
+from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import CHOICES, TapName, comparison_taps, sources_of
 from runtime.comparison.tolerances import tap_tolerance
 from runtime.cpu_threads import CpuThreads
@@ -107,7 +107,7 @@ class FaultyCase:
         plant: Plant | None = None,
         before_step: BeforeStep | None = None,
         precision: str = "fp32",
-    ) -> TappedReport:
+    ) -> RunReport:
         """The network against a form of its model behind `plant`."""
         backend = self.clean[form]
         if plant is not None:

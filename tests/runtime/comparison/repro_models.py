@@ -17,7 +17,7 @@ from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tapped_model import tapped_session
 from runtime.comparison.record import Run, record_run
 from runtime.comparison.repro import ReproSummary, Side, write_repro
-from runtime.comparison.tapped_report import TappedReport, compare_runs
+from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import comparison_taps, sources_of
 from runtime.cpu_threads import CpuThreads
 from tests.export.conftest import Exported
@@ -114,14 +114,12 @@ def replace_weight(model: onnx.ModelProto, name: str, array: np.ndarray) -> None
     place.CopyFrom(numpy_helper.from_array(array, name))
 
 
-def compare(model: Model, sides: tuple[Side, Side]) -> TappedReport:
+def compare(model: Model, sides: tuple[Side, Side]) -> RunReport:
     config = model.case.network.config
     return compare_runs(sides[0].run, sides[1].run, config, atol=TOLERANCE[0], rtol=TOLERANCE[1])
 
 
-def write(
-    folder: Path, model: Model, sides: tuple[Side, Side]
-) -> tuple[TappedReport, ReproSummary]:
+def write(folder: Path, model: Model, sides: tuple[Side, Side]) -> tuple[RunReport, ReproSummary]:
     report = compare(model, sides)
     assert report.verdict == "fail", report.reason
     return report, write_repro(folder, report, *sides, tolerance=TOLERANCE)

@@ -17,7 +17,7 @@ from model.doge import DogeForCausalLM
 from runtime.comparison.choices import Choice
 from runtime.comparison.consequences import NEVER, Consequences
 from runtime.comparison.record import Run
-from runtime.comparison.tapped_report import TappedReport, compare_runs
+from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import TapName
 from runtime.comparison.verdict import _compare_choices, _Place
 from tests.runtime.comparison.planted_faults import run_torch
@@ -95,7 +95,7 @@ def tied(run: Run, layer: int = LAYER) -> tuple[Run, Change]:
     return changed(run, {0: tie}), flip
 
 
-def compare(reference: Run, candidate: Run, network: DogeForCausalLM) -> TappedReport:
+def compare(reference: Run, candidate: Run, network: DogeForCausalLM) -> RunReport:
     return compare_runs(reference, candidate, network.config, atol=1e-3, rtol=1e-4)
 
 

@@ -11,7 +11,7 @@ from export.lowerings.cpu import CpuPrecision, lower_for_cpu
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.backends.tapped_model import tapped_session
 from runtime.comparison.record import Run, record_run
-from runtime.comparison.tapped_report import TappedReport, compare_runs
+from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import comparison_taps, sources_of
 from runtime.cpu_threads import CpuThreads
 from tests.export.conftest import Exported
@@ -62,7 +62,7 @@ def run_onnx(case: Exported, path: Path, heads: int | None, like: Run) -> Run:
     )
 
 
-def compare_lowered(case: Exported, precision: CpuPrecision) -> TappedReport:
+def compare_lowered(case: Exported, precision: CpuPrecision) -> RunReport:
     path = case.path.parent / f"{precision}.onnx"
     config = case.network.config
     lowered = lower_for_cpu(case.path, path, config, slots=case.slots, precision=precision)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.comparison.tapped_report import TappedReport
+from runtime.comparison.run_report import RunReport
 from runtime.comparison.taps import CACHED, TapName
 from tests.runtime.comparison.planted_onnx_faults import (
     FORMS,
@@ -48,7 +48,7 @@ def cases(golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 
 
 def expect(
-    report: TappedReport, tap: str, kind: str, *, step: int = 0, prompt: int | None = None
+    report: RunReport, tap: str, kind: str, *, step: int = 0, prompt: int | None = None
 ) -> None:
     first = report.first
     assert first is not None, report.reason

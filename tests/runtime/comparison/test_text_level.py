@@ -13,7 +13,7 @@ import pytest
 from model.checkpoint import load_checkpoint
 from runtime.comparison.free_running import compare_free_running
 from runtime.comparison.record import Run
-from runtime.comparison.tapped_report import compare_runs
+from runtime.comparison.run_report import compare_runs
 from runtime.comparison.text import TextRun, compare_text
 from tests.runtime.comparison.planted_faults import run_torch, with_precision
 

@@ -47,7 +47,7 @@ class TapSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TappedReport:
+class RunReport:
     """Two runs compared.
 
     Attributes:
@@ -149,7 +149,7 @@ def run_tolerance(
 
 def compare_runs(
     reference: Run, candidate: Run, config: DogeConfig, *, atol: float, rtol: float
-) -> TappedReport:
+) -> RunReport:
     """Compare two runs over the same prompts, tokens and steps.
 
     Args:
@@ -183,7 +183,7 @@ def compare_runs(
         name: tuple(run.subject.rung for run in (reference, candidate) if name in run.missing)
         for name in dict.fromkeys((*reference.missing, *candidate.missing))
     }
-    return TappedReport(
+    return RunReport(
         reference=reference.subject,
         candidate=candidate.subject,
         logits=logits,
