@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from runtime.backends.base import Backend, Cache, Ids, Logits
-from runtime.cuda_runtime import CudaRuntime, load_cuda
-from runtime.engine_fit import EngineFit
-from runtime.engine_lane import EngineLane, lane_needs
-from runtime.engine_plugins import plugin_problems, prepare_plugins
-from runtime.lane_pool import LanePool
-from runtime.loaded_engine import LoadedEngine
-from runtime.runtime_cache import CacheKey, RuntimeCacheFile
+from runtime.engines.fit import EngineFit
+from runtime.engines.lane import EngineLane, lane_needs
+from runtime.engines.lane_pool import LanePool
+from runtime.engines.loaded_engine import LoadedEngine
+from runtime.engines.plugins import plugin_problems, prepare_plugins
+from runtime.engines.runtime_cache import CacheKey, RuntimeCacheFile
+from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
 from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from plugins.tensorrt_plugin import PluginHost
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
-from runtime.engine_plugins import prepare_plugins
+from runtime.engines.plugins import prepare_plugins
 from runtime.kernel_library import KERNEL_FOLDER, KERNEL_MANIFEST
 from tests.kernel_gate import USES
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from runtime.backends import tensorrt_backend
-from runtime.cuda_runtime import require_gpu
+from runtime.gpu.cuda_runtime import require_gpu
 from tests.fake_tensorrt.cuda import FakeCuda
 from tests.fake_tensorrt.library import FakeTensorRt
 

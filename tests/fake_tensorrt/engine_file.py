@@ -14,7 +14,7 @@ from typing import Any
 from export.profiles import step_profiles
 from model.contract import StepContract
 from runtime.bundle import Bundle
-from runtime.engine_header import MAGIC, EngineHeader, pack_engine_header
+from runtime.engines.header import MAGIC, EngineHeader, pack_engine_header
 from runtime.manifest import MANIFEST_NAME, BundleFile, Variant
 
 VERSION = "1.7.1.116"

@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 
 from model.contract import DTYPE_BYTES
-from runtime.engine_header import MAGIC, EngineHeader, EngineHeaderError, read_engine_header
+from runtime.engines.header import MAGIC, EngineHeader, EngineHeaderError, read_engine_header
 from tests.fake_tensorrt.cuda import FakeCuda, Work
 from tests.fake_tensorrt.engine_file import STANDARD_MAGIC, VERSION
 from tests.fake_tensorrt.enums import (

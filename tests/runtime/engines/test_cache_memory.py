@@ -8,9 +8,9 @@ import pytest
 
 from model.contract import TensorSpec
 from runtime.backends.base import Limits
-from runtime.cache_memory import CacheMemory, cache_bytes, row_bytes
-from runtime.cuda_runtime import CudaRuntime
-from runtime.token_block import TokenBlock, token_block_bytes
+from runtime.engines.cache_memory import CacheMemory, cache_bytes, row_bytes
+from runtime.engines.token_block import TokenBlock, token_block_bytes
+from runtime.gpu.cuda_runtime import CudaRuntime
 from tests.fake_tensorrt.cuda import FakeCuda
 
 KEYS = TensorSpec(name="key", dtype="float16", shape=("B", 2, 64, 32))

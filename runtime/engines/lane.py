@@ -19,11 +19,11 @@ import numpy as np
 
 from model.contract import StepContract
 from runtime.backends.base import Ids, Limits, Logits
-from runtime.cache_memory import CacheMemory, PlacedCache, cache_bytes
-from runtime.cuda_runtime import CudaRuntime
-from runtime.device_memory import CapturedGraph, DeviceBuffer, PinnedBuffer, Stream
-from runtime.loaded_engine import LoadedEngine
-from runtime.token_block import PlacedTokens, TokenBlock, token_block_bytes
+from runtime.engines.cache_memory import CacheMemory, PlacedCache, cache_bytes
+from runtime.engines.loaded_engine import LoadedEngine
+from runtime.engines.token_block import PlacedTokens, TokenBlock, token_block_bytes
+from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.gpu.device_memory import CapturedGraph, DeviceBuffer, PinnedBuffer, Stream
 
 logger = logging.getLogger(__name__)
 

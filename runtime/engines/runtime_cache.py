@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runtime.cuda_runtime import megabytes
+from runtime.gpu.cuda_runtime import megabytes
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from runtime.backends.base import BackendUnavailableError
-from runtime.cuda_runtime import GpuFacts
-from runtime.engine_header import (
+from runtime.engines.header import (
     MAGIC,
     EngineHeader,
     EngineHeaderError,
     read_engine_header,
 )
+from runtime.gpu.cuda_runtime import GpuFacts
 from runtime.tensorrt_module import Product
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class EngineFit:
         self._bundle = bundle
         self._variant = variant
         self._label = f"engine {variant.path}"
-        # TensorRT-RTX alone has it; the layout is its (runtime/engine_header.py).
+        # TensorRT-RTX alone has it; the layout is its (runtime/engines/header.py).
         self._has_header = hasattr(trt.Runtime, "engine_header_size")
 
     def check_blob(self, blob: bytes, gpu: GpuFacts) -> EngineHeader | None:

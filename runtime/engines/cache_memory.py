@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import prod
 
 from model.contract import DTYPE_BYTES, TensorSpec
-from runtime.cuda_runtime import CudaRuntime
-from runtime.device_memory import ADDRESS_ALIGNMENT, DeviceBuffer, Stream
+from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.gpu.device_memory import ADDRESS_ALIGNMENT, DeviceBuffer, Stream
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from math import prod
 
 from model.contract import DTYPE_BYTES, TensorSpec
 from runtime.backends.base import Ids, Limits
-from runtime.cuda_runtime import CudaRuntime
-from runtime.device_memory import DeviceBuffer, PinnedBuffer, Stream, aligned
+from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.gpu.device_memory import DeviceBuffer, PinnedBuffer, Stream, aligned
 
 
 @dataclass(frozen=True)

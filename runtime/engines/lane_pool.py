@@ -11,9 +11,9 @@ import threading
 from contextlib import ExitStack
 
 from runtime.backends.base import BackendUnavailableError, Limits
-from runtime.cuda_runtime import CudaRuntime
-from runtime.engine_lane import EngineLane
-from runtime.loaded_engine import LoadedEngine
+from runtime.engines.lane import EngineLane
+from runtime.engines.loaded_engine import LoadedEngine
+from runtime.gpu.cuda_runtime import CudaRuntime
 
 
 class LanePool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.backends.base import BackendUnavailableError
-from runtime.cuda_runtime import CudaRuntime, load_cuda, megabytes, require_gpu
+from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda, megabytes, require_gpu
 from tests.fake_tensorrt.cuda import FakeCuda, Status
 
 

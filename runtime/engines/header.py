@@ -1,7 +1,7 @@
 """The first 64 bytes of a TensorRT-RTX engine, read without the library and without a GPU.
 
 The layout is not documented. It was read off engines that TensorRT-RTX 1.7.1 built for one and for
-several targets (tests/runtime/test_engine_header.py builds some again), so every field is compared
+several targets (tests/runtime/engines/test_header.py builds some again), so every field is compared
 with the manifest before it is believed. All numbers are little-endian:
 
 | bytes | what |

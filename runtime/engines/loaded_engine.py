@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from model.contract import StepContract
 from runtime.backends.base import BackendUnavailableError
-from runtime.cuda_runtime import CudaRuntime, megabytes
-from runtime.engine_fit import EngineFit
-from runtime.engine_log import EngineLog, make_logger
-from runtime.runtime_cache import RuntimeCacheFile
+from runtime.engines.fit import EngineFit
+from runtime.engines.log import EngineLog, make_logger
+from runtime.engines.runtime_cache import RuntimeCacheFile
+from runtime.gpu.cuda_runtime import CudaRuntime, megabytes
 
 if TYPE_CHECKING:
     from runtime.manifest import Variant

@@ -17,11 +17,11 @@ import pytest
 
 from runtime.backends import open_backend
 from runtime.bundle import Bundle
-from runtime.runtime_cache import CACHE_FOLDER, CacheKey, RuntimeCacheFile
+from runtime.engines.runtime_cache import CACHE_FOLDER, CacheKey, RuntimeCacheFile
 from tests.fake_tensorrt import FakeGpu
 from tests.fake_tensorrt.engine_file import add_fake_engine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 KEY = CacheKey(
     product="tensorrt_rtx",
     version="1.7.1.116",
@@ -114,7 +114,7 @@ def test_what_was_read_is_not_written_again(tmp_path: Path) -> None:
 WRITE_AND_STOP = """
 import os, sys, time
 from pathlib import Path
-from runtime.runtime_cache import CacheKey, RuntimeCacheFile
+from runtime.engines.runtime_cache import CacheKey, RuntimeCacheFile
 def stop(*arguments):
     print("stopped", flush=True)
     time.sleep(60)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.backends.base import BackendUnavailableError
-from runtime.cuda_runtime import CudaRuntime, megabytes
+from runtime.gpu.cuda_runtime import CudaRuntime, megabytes
 
 # TensorRT takes addresses at multiples of this alone (IExecutionContext::setTensorAddress).
 ADDRESS_ALIGNMENT = 256

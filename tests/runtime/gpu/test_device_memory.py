@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from runtime.backends.base import BackendUnavailableError
-from runtime.cuda_runtime import CudaRuntime
-from runtime.device_memory import (
+from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.gpu.device_memory import (
     ADDRESS_ALIGNMENT,
     DeviceBuffer,
     PinnedBuffer,

@@ -10,9 +10,8 @@ import pytest
 
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
-from runtime.cuda_runtime import GpuFacts
-from runtime.engine_fit import EngineFit
-from runtime.engine_header import (
+from runtime.engines.fit import EngineFit
+from runtime.engines.header import (
     HEADER_BYTES,
     TARGET_BITS,
     EngineHeader,
@@ -20,6 +19,7 @@ from runtime.engine_header import (
     pack_engine_header,
     read_engine_header,
 )
+from runtime.gpu.cuda_runtime import GpuFacts
 from runtime.tensorrt_module import load_tensorrt
 from tests.command_calls import build_bundle
 
