@@ -11,6 +11,8 @@ from pathlib import Path
 
 from plugins.projection.launches import Embedding, Head, Projection
 from plugins.projection.packing import WeightFormat
+from plugins.prompt_projection.launches import GatherRows, PromptProjection
+from plugins.token_choice.launches import TokenChoice
 from runtime.kernel_library import OpUse
 
 # What a kernel may use of an SM's shared memory on the smallest target (sm86, sm89, sm120).
@@ -155,3 +157,32 @@ def projection_specs():
             yield Projection(rows=768, columns=1536, epilogue="scaled_residual", **sized).spec
             yield Head(vocab_size=32768, columns=768, embedding=weights, **sized).spec
         yield Embedding(columns=768, **kinds).spec
+
+
+def prompt_specs():
+    """Kernels of many tokens, each weight format with one of doge-160m's matrices."""
+    gate_up = {"rows": 3072, "columns": 768, "norm": True, "epilogue": "silu_product"}
+    down = {"rows": 768, "columns": 1536, "epilogue": "scaled_residual", "addend": True}
+    head = {"rows": 32768, "columns": 768, "norm": True}
+    for sizes, kind, group, dot in (
+        (gate_up, "float16", 0, None),
+        (gate_up, "int4", 128, "bfloat16"),
+        (head, "bfloat16", 0, None),
+        (down, "int8", 0, "bfloat16"),
+        (down, "float32", 0, None),
+    ):
+        weights = WeightFormat(kind=kind, group=group)
+        yield from PromptProjection(weights=weights, input="float32", dot=dot, **sizes).specs
+    yield GatherRows(columns=768).spec
+
+
+def ending_specs():
+    """Kernels that end a step of our own: the largest logit's token, or one drawn by rules."""
+    kinds = {"activation": "float32", "batch": 8, "columns": 768}
+    int4 = WeightFormat(kind="int4", group=64)
+    yield Head(vocab_size=32768, weights=int4, embedding=int4, advance=True, **kinds).spec
+    yield TokenChoice(vocab_size=32768, embedding=int4, **kinds).spec
+    yield TokenChoice(
+        vocab_size=128256, embedding=WeightFormat(kind="float16"), bias="rows", history=True,
+        stop_ids=8, **kinds,
+    ).spec  # fmt: skip

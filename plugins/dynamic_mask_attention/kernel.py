@@ -2,7 +2,8 @@
 
 `keep_threshold` says which keys each query keeps, where some are dropped. `attend_decode` serves a
 few queries: the visible keys are split over programs, which join their results. `attend_prompt`
-serves many: a tile of queries walks over blocks of keys.
+serves many: a tile of queries walks over blocks of keys. `append_rows` comes before both in steps
+that are ours alone, where `attend_decode` does not do its part itself.
 
 The slot of a query is read from device memory, so a captured CUDA graph serves every length. Slots
 beyond a query's own are not read, whatever they hold: their scores count as -inf here, not as the
@@ -448,6 +449,86 @@ def attend_decode(
                 )
                 tl.store(target + h * D + d, result, mask=d < D)
             tl.store(counter, 0)
+
+
+@triton.jit
+def append_rows(
+    rows,
+    query,
+    key,
+    value,
+    score,
+    write_index,
+    position,
+    query_norm,
+    key_norm,
+    cos,
+    sin,
+    A,
+    S,
+    C,
+    eps,
+    NQ: tl.constexpr,
+    NKV: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    ROTATE_QUERY: tl.constexpr,
+    ROTATE_KEY: tl.constexpr,
+    SCORE: tl.constexpr,
+):
+    """What `attend_decode` does with APPEND before it attends, for S tokens of each row.
+
+    rows: [B·S, (Nq + 2·Nkv)·D (+ N with SCORE)]. write_index, position: [B], of a row's first
+    token. Written: query [B, Nq, S, D]; in the slots from write_index[b] on, key and value
+    [B, Nkv, C, D] and score [B, N, C]. A token without a slot is not appended, and its query is
+    rotated by the angles of position 0, since its own may have none.
+    Programs: B·S, Nq + 2·Nkv heads.
+    """
+    ROW: tl.constexpr = (NQ + 2 * NKV) * D + (N if SCORE else 0)
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    b = row // S
+    s = row % S
+    slot = tl.load(write_index + b) + s
+    has_slot = slot < C
+    token = rows + row.to(tl.int64) * ROW
+    d = tl.arange(0, BLOCK_D)
+    written = d < D
+    stored = d < tl.where(has_slot, D, 0)
+    cos_row = cos
+    sin_row = sin
+    if ROTATE_QUERY or ROTATE_KEY:
+        turn = tl.where(has_slot, tl.load(position + b) + s, 0) * (D // 2)
+        cos_row += turn
+        sin_row += turn
+
+    if head < NQ:
+        q = head_vector(
+            token + head * D, query_norm, cos_row, sin_row, eps, QK_NORM, ROTATE_QUERY, D, BLOCK_D
+        )
+        target = query + ((b * NQ + head).to(tl.int64) * S + s) * D
+        tl.store(target + d, q.to(query.dtype.element_ty), mask=written)
+        if SCORE:
+            n = head * N // NQ
+            new_score = mask_score(token + (NQ + 2 * NKV) * D + n, A + n, score.dtype.element_ty)
+            # Of the heads that share a score, the first writes it.
+            writes = has_slot & (head % (NQ // N) == 0)
+            place = score + (b * N + n).to(tl.int64) * C + slot
+            tl.store(place, new_score.to(score.dtype.element_ty), mask=writes)
+    elif head < NQ + NKV:
+        g = head - NQ
+        k = head_vector(
+            token + head * D, key_norm, cos_row, sin_row, eps, QK_NORM, ROTATE_KEY, D, BLOCK_D
+        )
+        target = key + ((b * NKV + g).to(tl.int64) * C + slot) * D
+        tl.store(target + d, k.to(key.dtype.element_ty), mask=stored)
+    else:
+        g = head - NQ - NKV
+        v = tl.load(token + head * D + d, mask=written, other=0.0)
+        target = value + ((b * NKV + g).to(tl.int64) * C + slot) * D
+        tl.store(target + d, v.to(value.dtype.element_ty), mask=stored)
 
 
 @triton.jit

@@ -100,15 +100,22 @@ def threshold_variant(score_heads: int, score_dtype: str, *, single: bool) -> Ke
 
 
 def decode_variant(
-    heads: HeadShape, *, dtype: str, row_dtype: str, score_dtype: str, options: Mapping[str, bool]
+    heads: HeadShape,
+    *,
+    dtype: str,
+    row_dtype: str,
+    score_dtype: str,
+    output_dtype: str,
+    options: Mapping[str, bool],
 ) -> KernelSpec:
     """`attend_decode` for types by Triton's names.
 
     Args:
         heads: the shapes.
-        dtype: of keys, values and output.
+        dtype: of keys and values.
         row_dtype: of `query`, which holds whole rows of a projection with the option APPEND.
         score_dtype: of the scores.
+        output_dtype: of the output.
         options: value of each of the kernel's options, SELECT to SCORE.
     """
     block_d = max(_power_of_two(heads.size), 8)
@@ -117,9 +124,10 @@ def decode_variant(
     numbers = 16 if heads.group <= 2 else 8
     block_n = 32 * num_warps * numbers // block_d
     rows = f"-row_{row_dtype}" if options["APPEND"] else ""
+    output = _output_name(dtype, output_dtype)
     suffix = "".join(f"-{name.lower()}" for name, on in options.items() if on)
     return KernelSpec(
-        name=f"attend_decode-{heads.name(dtype, score_dtype)}{rows}{suffix}",
+        name=f"attend_decode-{heads.name(dtype, score_dtype)}{rows}{output}{suffix}",
         function=f"{_MODULE}:attend_decode",
         arguments={
             "query": f"*{row_dtype}",
@@ -132,7 +140,7 @@ def decode_variant(
             "partial_values": "*fp32",
             "partial_masses": "*fp32",
             "counters": "*i32",
-            "output": f"*{dtype}",
+            "output": f"*{output_dtype}",
             "position": "*i64",
             "query_norm": "*fp32",
             "key_norm": "*fp32",
@@ -159,14 +167,17 @@ def decode_variant(
     )
 
 
-def prompt_variant(heads: HeadShape, *, dtype: str, score_dtype: str, select: bool) -> KernelSpec:
+def prompt_variant(
+    heads: HeadShape, *, dtype: str, score_dtype: str, output_dtype: str, select: bool
+) -> KernelSpec:
     """`attend_prompt` for types by Triton's names; arguments as in `decode_variant`."""
     # Query heads with keys and scores in common share a tile.
     together = heads.group if heads.shares_scores else 1
     block_d = max(_power_of_two(heads.size), 16)  # the least that tl.dot takes
     block_m, block_n, num_warps = _prompt_tile(heads.size, block_d, dtype)
     return KernelSpec(
-        name=f"attend_prompt-{heads.name(dtype, score_dtype)}{'-select' if select else ''}",
+        name=f"attend_prompt-{heads.name(dtype, score_dtype)}{_output_name(dtype, output_dtype)}"
+        f"{'-select' if select else ''}",
         function=f"{_MODULE}:attend_prompt",
         arguments={
             "query": f"*{dtype}",
@@ -176,7 +187,7 @@ def prompt_variant(heads: HeadShape, *, dtype: str, score_dtype: str, select: bo
             "write_index": "*i64",
             "threshold": "*fp32",
             "limit": "*i32",
-            "output": f"*{dtype}",
+            "output": f"*{output_dtype}",
             "S": "i32",
             "C": "i32",
             "score_row_stride": "i64",
@@ -193,6 +204,51 @@ def prompt_variant(heads: HeadShape, *, dtype: str, score_dtype: str, select: bo
         grid=(f"ceil(pairs / {block_m})", str(heads.query // together), "batch"),
         num_warps=num_warps,
     )
+
+
+def append_variant(
+    heads: HeadShape, *, dtype: str, row_dtype: str, score_dtype: str, options: Mapping[str, bool]
+) -> KernelSpec:
+    """`append_rows` for types by Triton's names.
+
+    Args:
+        heads: the shapes.
+        dtype: of queries, keys and values.
+        row_dtype: of the rows of a projection.
+        score_dtype: of the scores.
+        options: value of each of the kernel's options, QK_NORM to SCORE.
+    """
+    block_d = _power_of_two(heads.size)
+    suffix = "".join(f"-{name.lower()}" for name, on in options.items() if on)
+    return KernelSpec(
+        name=f"append_rows-{heads.name(dtype, score_dtype)}-row_{row_dtype}{suffix}",
+        function=f"{_MODULE}:append_rows",
+        arguments={
+            "rows": f"*{row_dtype}",
+            "query": f"*{dtype}",
+            "key": f"*{dtype}",
+            "value": f"*{dtype}",
+            "score": f"*{score_dtype}",
+            "write_index": "*i64",
+            "position": "*i64",
+            "query_norm": "*fp32",
+            "key_norm": "*fp32",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "A": "*fp32",
+            "S": "i32",
+            "C": "i32",
+            "eps": "fp32",
+        },
+        constants={**heads.constants, "BLOCK_D": block_d, **options},
+        grid=("rows", str(heads.query + 2 * heads.key), "1"),
+        num_warps=min(max(block_d // 128, 1), 4),
+    )
+
+
+def _output_name(dtype: str, output_dtype: str) -> str:
+    """The part of a variant's name that says the output's type, where it is not the cache's."""
+    return f"-out_{output_dtype}" if output_dtype != dtype else ""
 
 
 def _prompt_tile(size: int, block_d: int, dtype: str) -> tuple[int, int, int]:

@@ -116,6 +116,8 @@ def project(
     residual,
     residual_weight,
     output,
+    extra,
+    extra_output,
     batch,
     eps,
     ROWS: tl.constexpr,
@@ -125,24 +127,48 @@ def project(
     NORM: tl.constexpr,
     EPILOGUE: tl.constexpr,
     ADDEND: tl.constexpr,
+    OUTPUT_STRIDE: tl.constexpr,
+    EXTRA_ROWS: tl.constexpr,
+    EXTRA_OFFSET: tl.constexpr,
+    EXTRA_STRIDE: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    EXTRA_BLOCK_ROWS: tl.constexpr,
+    EXTRA_BLOCK_COLUMNS: tl.constexpr,
 ):
     """One projection; programs along x are blocks of sequences, y are blocks of rows.
 
     x [B, COLUMNS], norm [COLUMNS]; weights and scales as packed. Written, in its own type: output
-    [B, OUTPUTS], which may be `residual` itself. By EPILOGUE, with z = y + addend [B, OUTPUTS]
-    where there is an ADDEND, else z = y:
+    [B, OUTPUTS], rows OUTPUT_STRIDE apart, which may be `residual` itself. By EPILOGUE, with
+    z = y + addend [B, OUTPUTS] where there is an ADDEND, else z = y:
 
         plain               z
         silu                SiLU(y)
         silu_product        SiLU(y_even) · y_odd, OUTPUTS = ROWS / 2
         residual            residual + z                      residual [B, OUTPUTS]
         scaled_residual     residual_weight · residual + z    residual_weight [OUTPUTS]
+
+    With EXTRA_ROWS, the programs beyond those of W multiply a second matrix of floats, extra
+    [EXTRA_ROWS, COLUMNS], by the same g. Written: float32 [B, EXTRA_ROWS] from number EXTRA_OFFSET
+    of extra_output on, rows EXTRA_STRIDE apart; extra_output may be `output`.
     """
     sequence = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     block = tl.program_id(1)
+    if EXTRA_ROWS:
+        BLOCKS: tl.constexpr = tl.cdiv(ROWS, BLOCK_ROWS)
+        if block >= BLOCKS:
+            extra_row = (block - BLOCKS) * EXTRA_BLOCK_ROWS + tl.arange(0, EXTRA_BLOCK_ROWS)
+            products = multiply_rows(
+                x, norm, extra, extra, sequence, extra_row, batch, eps, EXTRA_ROWS, COLUMNS,
+                "float", 0, NORM, BATCH, EXTRA_BLOCK_ROWS, EXTRA_BLOCK_COLUMNS,
+            )  # fmt: skip
+            tl.store(
+                extra_output + EXTRA_OFFSET + sequence[:, None] * EXTRA_STRIDE + extra_row[None, :],
+                products,
+                mask=(sequence < batch)[:, None] & (extra_row < EXTRA_ROWS)[None, :],
+            )
+            return
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     OUTPUTS: tl.constexpr = ROWS // 2 if EPILOGUE == "silu_product" else ROWS
     BLOCK_OUTPUTS: tl.constexpr = BLOCK_ROWS // 2 if EPILOGUE == "silu_product" else BLOCK_ROWS
@@ -173,7 +199,8 @@ def project(
         y += carried.to(tl.float32)
     if EPILOGUE == "scaled_residual":
         y += weight.to(tl.float32)[None, :] * carried.to(tl.float32)
-    tl.store(output + element, y.to(output.dtype.element_ty), mask=is_element)
+    target = sequence[:, None] * OUTPUT_STRIDE + index[None, :]
+    tl.store(output + target, y.to(output.dtype.element_ty), mask=is_element)
 
 
 @triton.jit
@@ -239,7 +266,11 @@ def head(
     logits,
     tokens,
     next_x,
+    positions,
+    ring,
+    step,
     batch,
+    last_slot,
     eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -249,6 +280,9 @@ def head(
     TOKENS: tl.constexpr,
     EMBEDDING: tl.constexpr,
     EMBEDDING_GROUP: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    RING: tl.constexpr,
+    RING_ROW: tl.constexpr,
     BATCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -260,7 +294,9 @@ def head(
 
     x [B, COLUMNS], norm [COLUMNS]. Written: with LOGITS, logits [B, ROWS] float32; with TOKENS,
     tokens [B], the largest logit's, of equal ones the lowest; with an EMBEDDING format, next_x
-    [B, COLUMNS], that token's row of the table.
+    [B, COLUMNS], that token's row of the table. With ADVANCE, the next step is prepared: the tokens
+    go to row step mod RING of ring [RING, RING_ROW], positions [B] grow by 1 up to last_slot, and
+    step [1] int32 grows by 1.
 
     Scratch: best_keys [B, blocks of rows] int64, arbitrary before and after. Every program leaves
     its best there, and the last one to arrive takes the best of them; arrivals [1] int32 counts
@@ -300,6 +336,15 @@ def head(
                 best = tl.maximum(best, tl.max(found, axis=1))
             token = token_of(best)
             tl.store(tokens + every, token.to(tokens.dtype.element_ty), mask=is_any)
+            if ADVANCE:
+                now = tl.load(step)
+                place = tl.load(positions + every, mask=is_any, other=0)
+                tl.debug_barrier()  # every thread has read what one of them overwrites
+                kept = token.to(ring.dtype.element_ty)
+                tl.store(ring + now % RING * RING_ROW + every, kept, mask=is_any)
+                place = tl.minimum(place + 1, last_slot)
+                tl.store(positions + every, place, mask=is_any)
+                tl.store(step, now + 1)
             if EMBEDDING != "none":
                 for start in range(0, COLUMNS, BLOCK_EMBEDDING):
                     column = start + tl.arange(0, BLOCK_EMBEDDING)

@@ -73,10 +73,28 @@ def choose_tile(
     return Tile(together, min(tall, power_of_two(rows)), wide, warps)
 
 
-def grid_rules(rows: int, tile: Tile) -> tuple[str, str, str]:
-    """Programs along x for blocks of sequences, along y for blocks of rows."""
+def choose_extra_tile(rows: int, columns: int, weights: WeightFormat, beside: Tile) -> Tile:
+    """The tile of a small matrix in the programs of another's launch.
+
+    As many programs as its loads fill: they run beside those of the larger matrix.
+
+    Args:
+        rows: of the small matrix.
+        columns: of both.
+        weights: how the small one is stored.
+        beside: the larger one's tile, with which it shares sequences and warps.
+    """
+    per_load = LOAD_BITS // weights.bits
+    widest = 32 * beside.warps * _MAX_NUMBERS_OF_X // beside.batch
+    wide = min(power_of_two(columns), widest)
+    tall = max(32 * beside.warps // ceil_div(wide, per_load), 1)
+    return Tile(beside.batch, min(tall, power_of_two(rows)), wide, beside.warps)
+
+
+def grid_rules(rows: int, tile: Tile, more_blocks: int = 0) -> tuple[str, str, str]:
+    """Programs along x for blocks of sequences, along y for blocks of rows, and so many more."""
     # Programs that read the same weights are neighbours, so that one finds them in a cache.
-    return f"ceil(batch / {tile.batch})", str(ceil_div(rows, tile.rows)), "1"
+    return f"ceil(batch / {tile.batch})", str(ceil_div(rows, tile.rows) + more_blocks), "1"
 
 
 def matrix_constants(

@@ -41,10 +41,10 @@ def number_subsets(
 
 
 @triton.jit
-def gather_values(
+def sum_rows(
     scores,
     table,
-    output,
+    h,
     NUM_HEADS: tl.constexpr,
     NUM_ROWS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -52,14 +52,11 @@ def gather_values(
     HIDDEN: tl.constexpr,
     NUM_HEADS_BLOCK: tl.constexpr,
     NUM_ROWS_BLOCK: tl.constexpr,
-    HIDDEN_BLOCK: tl.constexpr,
 ):
-    """The sum of the rows that a token's heads pick; programs along x are tokens, y are parts of H.
+    """Numbers h [C] of the sum of the rows that one token's heads pick, float32 [C].
 
-    scores [T, R, N]; table [N, H], with SUBSET_SUMS [C(N, K), H]. Written: output [T, H].
+    scores [R, N] of the token; table [N, H], with SUBSET_SUMS [C(N, K), H].
     """
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
     in_row = h < HIDDEN
     head = tl.arange(0, NUM_HEADS_BLOCK)
     row = tl.arange(0, NUM_ROWS_BLOCK)
@@ -67,7 +64,7 @@ def gather_values(
     is_score = (head < NUM_HEADS)[:, None] & (row < NUM_ROWS)[None, :]
     # Padding stands behind every row: an equal score at a higher number.
     score = tl.load(
-        scores + token * (NUM_HEADS * NUM_ROWS) + head[:, None] * NUM_ROWS + row[None, :],
+        scores + head[:, None] * NUM_ROWS + row[None, :],
         mask=is_score,
         other=float("-inf"),
     ).to(tl.float32)
@@ -91,4 +88,73 @@ def gather_values(
             other=0.0,
         )
         result = tl.sum(count.to(tl.float32)[:, None] * values.to(tl.float32), axis=0)
+    return result
+
+
+@triton.jit
+def gather_values(
+    scores,
+    table,
+    output,
+    NUM_HEADS: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SUBSET_SUMS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    NUM_HEADS_BLOCK: tl.constexpr,
+    NUM_ROWS_BLOCK: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+):
+    """The sum of the rows that a token's heads pick; programs along x are tokens, y are parts of H.
+
+    scores [T, R, N]; table [N, H], with SUBSET_SUMS [C(N, K), H]. Written: output [T, H].
+    """
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
+    in_row = h < HIDDEN
+    result = sum_rows(
+        scores + token * (NUM_HEADS * NUM_ROWS), table, h, NUM_HEADS, NUM_ROWS, TOP_K, SUBSET_SUMS,
+        HIDDEN, NUM_HEADS_BLOCK, NUM_ROWS_BLOCK,
+    )  # fmt: skip
     tl.store(output + token * HIDDEN + h, result.to(output.dtype.element_ty), mask=in_row)
+
+
+@triton.jit
+def seed_values(
+    x,
+    norm,
+    scores,
+    table,
+    output,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SUBSET_SUMS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    NUM_HEADS_BLOCK: tl.constexpr,
+    NUM_ROWS_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+):
+    """The seed's values: a token's normed x times the rows that its heads pick.
+
+    x [T, H], norm [H]; scores float32 [T, R, N]; table as in `gather_values`. Written: output
+    float32 [T, H] from number OFFSET on, rows STRIDE apart.
+    Programs along x are tokens, y are parts of H.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HIDDEN_BLOCK + tl.arange(0, HIDDEN_BLOCK)
+    in_row = h < HIDDEN
+    column = tl.arange(0, ROW_BLOCK)
+    whole = tl.load(x + token * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    part = tl.load(x + token * HIDDEN + h, mask=in_row, other=0.0).to(tl.float32)
+    weight = tl.load(norm + h, mask=in_row, other=0.0).to(tl.float32)
+    values = sum_rows(
+        scores + token * (NUM_HEADS * NUM_ROWS), table, h, NUM_HEADS, NUM_ROWS, TOP_K, SUBSET_SUMS,
+        HIDDEN, NUM_HEADS_BLOCK, NUM_ROWS_BLOCK,
+    )  # fmt: skip
+    normed = part * tl.rsqrt(tl.sum(whole * whole, axis=0) / HIDDEN + eps) * weight
+    tl.store(output + OFFSET + token * STRIDE + h, normed * values, mask=in_row)

@@ -13,7 +13,7 @@ from plugins.registry import VALUE_GATHER
 # A program compares all rows of all heads with each other, in registers.
 MAX_NUM_ROWS = 32
 MAX_HEADS = 16
-_HIDDEN_BLOCK = 256
+HIDDEN_BLOCK = 256
 
 
 def make_kernels(
@@ -48,12 +48,7 @@ def make_kernels(
         problems.append(
             f"inner_values is {dtypes['inner_values']}, expected {dtypes['table']} like table"
         )
-    if not 1 <= heads <= MAX_HEADS:
-        problems.append(f"there are {heads} heads, expected 1 to {MAX_HEADS}")
-    if not 1 <= num_rows <= MAX_NUM_ROWS:
-        problems.append(f"a head scores {num_rows} rows, expected 1 to {MAX_NUM_ROWS}")
-    if not 1 <= kernels.top_k <= num_rows:
-        problems.append(f"top_k is {kernels.top_k}, expected 1 to {num_rows} rows")
+    problems += size_problems(heads, num_rows, kernels.top_k)
     problems = problems or kernels.shape_problems(shapes)
     if problems:
         raise ValueError(
@@ -88,9 +83,9 @@ class ValueGatherKernels:
     @cached_property
     def specs(self) -> tuple[KernelSpec, ...]:
         """The one kernel."""
-        hidden_block = min(_HIDDEN_BLOCK, _power_of_two(self.hidden))
+        hidden_block = min(HIDDEN_BLOCK, power_of_two(self.hidden))
         # No thread reads less than 16 bytes at a time.
-        rows = _power_of_two(self.heads if self.subset_sums else self.num_rows)
+        rows = power_of_two(self.heads if self.subset_sums else self.num_rows)
         row_bytes = hidden_block * (4 if self.row_type == "fp32" else 2)
         types = "_".join(dict.fromkeys((self.score_type, self.row_type)))
         return (
@@ -109,11 +104,11 @@ class ValueGatherKernels:
                     "TOP_K": self.top_k,
                     "SUBSET_SUMS": self.subset_sums,
                     "HIDDEN": self.hidden,
-                    "NUM_HEADS_BLOCK": _power_of_two(self.heads),
-                    "NUM_ROWS_BLOCK": _power_of_two(self.num_rows),
+                    "NUM_HEADS_BLOCK": power_of_two(self.heads),
+                    "NUM_ROWS_BLOCK": power_of_two(self.num_rows),
                     "HIDDEN_BLOCK": hidden_block,
                 },
-                grid=("tokens", str(math.ceil(self.hidden / _HIDDEN_BLOCK)), "1"),
+                grid=("tokens", str(math.ceil(self.hidden / HIDDEN_BLOCK)), "1"),
                 num_warps=min(max(rows * row_bytes // (16 * 32), 1), 4),
             ),
         )
@@ -163,6 +158,18 @@ class ValueGatherKernels:
         ]
 
 
-def _power_of_two(number: int) -> int:
+def size_problems(heads: int, num_rows: int, top_k: int) -> list[str]:
+    """Why no kernel picks so many of so many rows."""
+    problems = []
+    if not 1 <= heads <= MAX_HEADS:
+        problems.append(f"there are {heads} heads, expected 1 to {MAX_HEADS}")
+    if not 1 <= num_rows <= MAX_NUM_ROWS:
+        problems.append(f"a head scores {num_rows} rows, expected 1 to {MAX_NUM_ROWS}")
+    if not 1 <= top_k <= num_rows:
+        problems.append(f"top_k is {top_k}, expected 1 to {num_rows} rows")
+    return problems
+
+
+def power_of_two(number: int) -> int:
     """The smallest power of two that is not below the number."""
     return 1 << (number - 1).bit_length()

@@ -13,16 +13,25 @@ from export.kernel_compiler import compile_kernels
 from tests.kernel_gate import (
     SHARED_LIMIT,
     USES,
+    ending_specs,
     expected_parameters,
     narrow_loads,
     parameters,
     projection_specs,
+    prompt_specs,
     resources,
     wide_loads,
 )
 
 # Kernels that read keys, values, expert rows or weights.
-STREAMING = ("attend_decode", "attend_prompt", "gather_experts", "project", "head")
+STREAMING = (
+    "attend_decode",
+    "attend_prompt",
+    "gather_experts",
+    "project",
+    "project_prompt",
+    "head",
+)
 
 
 pytestmark = pytest.mark.slow
@@ -48,6 +57,12 @@ def test_kernels_of_ops_fit_a_gpu_and_read_wide(compiled, label):
 
 def test_kernels_of_projections_fit_a_gpu_and_read_wide():
     for kernel in compile_kernels(projection_specs(), ("sm89", "sm90")):
+        check_code(kernel)
+
+
+@pytest.mark.parametrize("specs", [prompt_specs, ending_specs])
+def test_kernels_of_a_step_of_ours_fit_a_gpu_and_read_wide(specs):
+    for kernel in compile_kernels(specs(), TARGETS):
         check_code(kernel)
 
 

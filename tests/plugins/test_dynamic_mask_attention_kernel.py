@@ -20,6 +20,7 @@ from plugins.dynamic_mask_attention.launches import (
     MAX_DECODE_TOKENS,
     AttentionKernels,
     make_kernels,
+    make_step_attention,
     make_step_attention_spec,
     plan_decode,
 )
@@ -480,6 +481,7 @@ class Step:
         dtype: torch.dtype,
         row_dtype: torch.dtype = torch.float32,
         score_dtype: torch.dtype = torch.float32,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(len(case.label))
 
@@ -500,7 +502,7 @@ class Step:
         angle = torch.arange(100)[:, None] / 100.0 ** (torch.arange(D // 2) / D)
         self.cos, self.sin = aligned(angle.cos()), aligned(angle.sin())
         self.A = aligned(0.5 * randn(case.N))
-        self.output = aligned(torch.full((B, case.Nq * D), torch.nan, dtype=dtype))
+        self.output = aligned(torch.full((B, case.Nq * D), torch.nan, dtype=output_dtype or dtype))
         for row, start in enumerate(case.starts):
             # What the slot of the new token held before must not matter.
             self.key[row, :, start:] = self.value[row, :, start:] = torch.nan
@@ -521,6 +523,7 @@ class Step:
             rotate_query=case.rotate_query,
             rotate_key=case.rotate_key,
             computes_score=case.computes_score,
+            output_dtype=str(self.output.dtype).removeprefix("torch."),
         )
 
     def run(self, programs: int | None = None) -> None:
@@ -613,6 +616,25 @@ def test_step_norms_rotates_scores_and_appends(case: StepCase, dtype: torch.dtyp
         others = torch.arange(case.C) != start
         for now, then in ((step.key, key), (step.value, value)):
             assert torch.equal(now[row][:, others].nan_to_num(), then[row][:, others].nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (STEP_CASES[0], torch.bfloat16),
+        *((STEP_CASES[index], torch.float16) for index in (0, 1, 4, 5)),
+    ],
+    ids=lambda value: value.label if isinstance(value, StepCase) else str(value),
+)
+def test_output_of_a_step_may_be_float32_beside_caches_of_half_precision(
+    case: StepCase, dtype: torch.dtype
+) -> None:
+    step = Step(case, dtype, output_dtype=torch.float32)
+    output, *_ = step.expected()
+    step.run()
+    # What is left is the new key's and value's rounding, which may go the other way.
+    error = (step.output.double() - output).norm() / output.norm()
+    assert error <= (1e-4 if dtype == torch.float16 else 5e-3)
 
 
 def test_step_takes_rows_in_half_precision() -> None:
@@ -744,6 +766,20 @@ def test_variants_have_names_of_their_own() -> None:
         )
         for bits in range(16)
     ]  # fmt: skip
+    options += [
+        make_step_attention_spec(
+            query_heads=4, key_heads=2, score_heads=2, head_size=32, dtype=dtype,
+            row_dtype="float32", score_dtype="float32", qk_norm=True, rotate_query=True,
+            rotate_key=True, computes_score=True, output_dtype=output_dtype,
+        )
+        for dtype in ("float16", "float32")
+        for output_dtype in (None, "bfloat16", "float32")
+    ]  # fmt: skip
+    for output_dtype in ("float16", "float32"):
+        options += make_step_attention(
+            query_heads=4, key_heads=2, score_heads=2, head_size=32, dtype="float16",
+            score_dtype="float32", output_dtype=output_dtype, scale=1.0, keep_window_size=5,
+        ).specs  # fmt: skip
     for spec in options:
         assert names.setdefault(spec.name, spec) == spec
 
@@ -798,6 +834,7 @@ def test_shape_beyond_the_kernels_is_an_error_that_says_so(
     [
         ({"head_size": 33}, "D is 33, expected an even number to rotate halves"),
         ({"row_dtype": "int8"}, "row_dtype is int8, expected one of float32"),
+        ({"output_dtype": "int8"}, "output_dtype is int8, expected one of float32"),
         ({"score_heads": 3}, "3 score heads, expected a divisor of the 4 query heads"),
     ],
 )

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from plugins.kernel_spec import grid_of
-from plugins.projection.launches import Activation, Embedding, Epilogue, Head, Projection
+from plugins.projection.launches import (
+    Activation,
+    Embedding,
+    Epilogue,
+    Head,
+    Projection,
+    TokenType,
+)
 from plugins.projection.packing import (
     PackedMatrix,
     WeightFormat,
@@ -111,13 +118,22 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return (difference / expected.norm(dim=-1)).max().item()
 
 
-def run_projection(projection: Projection, batch: int, *, in_place: bool = False) -> float:
-    """The error of one launch on random numbers."""
+def run_projection(
+    projection: Projection, batch: int, *, in_place: bool = False, extra_beside: bool = False
+) -> float:
+    """The largest error of one launch on random numbers.
+
+    Args:
+        projection: what is launched.
+        batch: sequences.
+        in_place: the output is the residual.
+        extra_beside: the extra products go into the output's rows.
+    """
     dtype = DTYPES[projection.activation]
     memory = Memory()
     packed = random_packed(projection.rows, projection.columns, projection.weights)
     weights, scales = memory.packed(packed)
-    x = memory.hold(randn(batch, projection.columns, seed=1).to(dtype))
+    x = memory.hold(randn(batch, projection.columns, seed=1).to(DTYPES[projection.input_type]))
     shape = (batch, projection.outputs)
     norm = (
         memory.hold((1 + randn(projection.columns, seed=2)).to(dtype)) if projection.norm else None
@@ -128,7 +144,8 @@ def run_projection(projection: Projection, batch: int, *, in_place: bool = False
     scaled = projection.epilogue == "scaled_residual"
     scale = memory.hold(randn(projection.outputs, seed=5).to(dtype)) if scaled else None
 
-    y = (x.double() if norm is None else normed(x, norm)) @ matrix_of(packed).T
+    g = x.double() if norm is None else normed(x, norm)
+    y = g @ matrix_of(packed).T
     if projection.epilogue == "silu":
         y = torch.nn.functional.silu(y)
     elif projection.epilogue == "silu_product":
@@ -138,7 +155,18 @@ def run_projection(projection: Projection, batch: int, *, in_place: bool = False
     if residual is not None:
         y = y + residual.double() * (1 if scale is None else scale.double())
 
-    output = residual if in_place else memory.unwritten(*shape, dtype=dtype)
+    stride = projection.output_stride or projection.outputs
+    output = residual if in_place else memory.unwritten(batch, stride, dtype=dtype)
+    extra = extra_output = extra_products = None
+    if projection.extra_rows:
+        small = random_packed(
+            projection.extra_rows, projection.columns, projection.extra_weights, seed=8
+        )
+        extra, _ = memory.packed(small)
+        extra_products = g @ matrix_of(small).T
+        extra_stride = projection.extra_stride or projection.extra_rows
+        size = projection.extra_offset + batch * extra_stride
+        extra_output = output if extra_beside else memory.unwritten(size, dtype=torch.float32)
     launch = projection.launch(
         batch=batch,
         x=address(x),
@@ -149,11 +177,26 @@ def run_projection(projection: Projection, batch: int, *, in_place: bool = False
         residual=address(residual),
         residual_weight=address(scale),
         output=address(output),
+        extra=address(extra),
+        extra_output=address(extra_output),
     )
     InterpreterLauncher([projection.spec]).launch(launch)
     memory.check()
     assert output is not None
-    return error(output, y)
+    result = output[:, : projection.outputs].clone()
+    output[:, : projection.outputs] = torch.nan
+    if extra_output is None or extra_products is None:
+        assert output.isnan().all(), "written between the rows"
+        return error(result, y)
+    written = extra_output.view(-1)[projection.extra_offset :]
+    # The last row may end where the memory does.
+    places = [written[row * extra_stride :][: projection.extra_rows] for row in range(batch)]
+    extra_result = torch.stack(places)
+    for place in places:
+        place.fill_(torch.nan)
+    assert output.isnan().all() and extra_output.isnan().all(), "written between the rows"
+    # Of the two the larger; not a number where one of them is none, which max would hide.
+    return torch.tensor([error(result, y), error(extra_result, extra_products)]).max().item()
 
 
 # Each format with each surrounding, and in turn each batch.
@@ -251,6 +294,65 @@ def test_columns_beyond_one_tile_are_added_up(fmt: WeightFormat, columns: int) -
     )
     assert columns > projection.tile.columns
     assert run_projection(projection, 3) < TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("input_type", DTYPES)
+@pytest.mark.parametrize("fmt", (FORMATS[1], FORMATS[3], FORMATS[5]), ids=label)
+def test_input_may_be_of_another_type_than_the_output(
+    fmt: WeightFormat, input_type: Activation
+) -> None:
+    for activation in ("float32", "float16"):
+        projection = Projection(
+            rows=12, columns=64, weights=fmt, activation=activation, input=input_type, norm=True,
+            eps=EPS, epilogue="residual", batch=2,
+        )  # fmt: skip
+        assert run_projection(projection, 2) < TOLERANCES[activation]
+
+
+@pytest.mark.parametrize("epilogue", ["plain", "silu_product", "scaled_residual"])
+def test_rows_of_the_output_may_lie_apart(epilogue: Epilogue) -> None:
+    projection = Projection(
+        rows=22, columns=48, weights=FORMATS[1], activation="float32", epilogue=epilogue,
+        addend=epilogue == "plain", output_stride=27, batch=3,
+    )  # fmt: skip
+    assert run_projection(projection, 3) < TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "norm", "batch"),
+    [(fmt, index % 2 == 0, BATCHES[index % 3]) for index, fmt in enumerate(FORMATS)],
+    ids=[label(fmt) for fmt in FORMATS],
+)
+def test_extra_rows_end_the_rows_of_the_output(fmt: WeightFormat, norm: bool, batch: int) -> None:
+    """Rows beside query, key and value: a length that is no multiple of 16 bytes."""
+    projection = Projection(
+        rows=22, columns=2 * max(fmt.group, 32), weights=fmt, activation="float32", norm=norm,
+        eps=EPS, batch=batch, output_stride=27, extra_rows=3, extra_offset=22, extra_stride=27,
+    )  # fmt: skip
+    assert run_projection(projection, batch, extra_beside=True) < TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("extra_rows", [1, 8, 33])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_extra_rows_have_no_epilogue_and_a_place_of_their_own(
+    kind: Activation, extra_rows: int
+) -> None:
+    for activation, columns in (("float32", 72), ("float16", 1032)):
+        projection = Projection(
+            rows=6, columns=columns, weights=FORMATS[1], activation=activation, norm=True, eps=EPS,
+            epilogue="silu_product", batch=8, extra_rows=extra_rows,
+            extra_weights=WeightFormat(kind=kind), extra_offset=5,
+        )  # fmt: skip
+        assert run_projection(projection, 3) < TOLERANCES[activation]
+
+
+def test_columns_of_extra_rows_beyond_one_tile_are_added_up() -> None:
+    projection = Projection(
+        rows=2, columns=1032, weights=FORMATS[1], activation="float32", norm=True, eps=EPS,
+        batch=8, extra_rows=3,
+    )  # fmt: skip
+    assert projection.columns > projection.extra_tile.columns
+    assert run_projection(projection, 8) < TOLERANCES["float32"]
 
 
 def test_residual_may_be_overwritten_by_the_output() -> None:
@@ -494,6 +596,45 @@ def test_last_program_of_all_writes_the_tokens() -> None:
     assert counters.item() == sequences * blocks - 1
     assert (tokens == torch.iinfo(torch.int64).max).all()
     assert next_x.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "token"), [(1, 1, "int64"), (3, 3, "int32"), (2, 5, "int64"), (8, 8, "int32")]
+)
+def test_last_program_prepares_the_next_step(batch: int, most: int, token: TokenType) -> None:
+    head = Head(
+        vocab_size=53, columns=64, weights=FORMATS[1], activation="float32", token=token,
+        embedding=FORMATS[1], batch=most, advance=True, ring=3,
+    )  # fmt: skip
+    memory = Memory()
+    packed = random_packed(53, 64, FORMATS[1])
+    weights, _ = memory.packed(packed)
+    x, norm = memory.hold(randn(batch, 64, seed=1)), memory.hold(torch.ones(64))
+    dtype = torch.int32 if token == "int32" else torch.int64
+    tokens, ring = memory.unwritten(batch, dtype=dtype), memory.unwritten(3, most, dtype=dtype)
+    positions = memory.hold(torch.tensor([4, 0, 6, 5, 3, 2, 1, 6][:batch]))
+    step = memory.hold(torch.tensor([4], dtype=torch.int32))
+    workspace = memory.unwritten(head.workspace_bytes, dtype=torch.uint8)
+    counters = memory.hold(torch.zeros(1, dtype=torch.int32))
+    expected_ring, expected_positions = ring.clone(), positions.clone()
+    for number in range(4, 9):
+        # What is written is the next step's x, which every program has read.
+        expected = (normed(x, norm) @ matrix_of(packed).T).argmax(-1)
+        launch = head.launch(
+            batch=batch, x=address(x), norm=address(norm), weights=address(weights),
+            embedding=address(weights), tokens=address(tokens), next_x=address(x),
+            positions=address(positions), ring=address(ring), step=address(step), last_slot=6,
+            workspace=address(workspace), counters=address(counters),
+        )  # fmt: skip
+        InterpreterLauncher([head.spec]).launch(launch)
+        memory.check()
+        expected_ring[number % 3, :batch] = expected.to(dtype)
+        expected_positions = (expected_positions + 1).clamp(max=6)
+        assert tokens.tolist() == expected.tolist()
+        assert torch.equal(ring, expected_ring)
+        assert torch.equal(positions, expected_positions)
+        assert (step.item(), counters.item()) == (number + 1, 0)
+        assert torch.equal(x.double(), matrix_of(packed)[expected])
 
 
 def test_negative_zero_equals_zero() -> None:

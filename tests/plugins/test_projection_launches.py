@@ -36,12 +36,32 @@ def every_spec() -> Iterator[KernelSpec]:
                         rows=rows, columns=columns, weights=fmt, activation=activation, norm=norm,
                         epilogue=epilogue, addend=addend, batch=batch,
                     ).spec  # fmt: skip
+        for places in (
+            {"output_stride": 515},
+            {"output_stride": 516},
+            {"extra_rows": 2},
+            {"extra_rows": 3},
+            {"extra_rows": 2, "extra_weights": FLOAT16},
+            {"extra_rows": 2, "extra_offset": 513},
+            {"extra_rows": 2, "extra_stride": 515},
+            {"extra_rows": 2, "extra_offset": 513, "extra_stride": 515, "output_stride": 515},
+            {"input": "float32"},
+            {"input": "float32", "norm": True, "extra_rows": 2},
+        ):
+            yield Projection(
+                rows=513, columns=256, weights=fmt, activation=activation, batch=batch, **places
+            ).spec
         for vocab, token, logits in itertools.product((32768, 128256), ("int32", "int64"), (0, 1)):
             for embedding in (None, FLOAT16, INT4):
                 yield Head(
                     vocab_size=vocab, columns=256, weights=fmt, activation=activation,
                     token=token, logits=bool(logits), embedding=embedding, batch=batch,
                 ).spec  # fmt: skip
+        for token, ring in itertools.product(("int32", "int64"), (16, 64)):
+            yield Head(
+                vocab_size=32768, columns=256, weights=fmt, activation=activation, token=token,
+                embedding=FLOAT16, batch=batch, advance=True, ring=ring,
+            ).spec  # fmt: skip
         for token in ("int32", "int64"):
             yield Embedding(columns=256, weights=fmt, activation=activation, token=token).spec
 
@@ -61,6 +81,13 @@ def test_names_say_what_they_are() -> None:
         rows=2052, columns=1024, weights=INT4, activation="float16", norm=True, batch=8
     ).spec
     assert spec.name == "project-fp16-int4g64-2052x1024-norm-plain-t2x8x1024"
+    spec = Projection(
+        rows=512, columns=256, weights=INT8, activation="float32", input="float16", norm=True,
+        output_stride=514, extra_rows=2, extra_offset=512, extra_stride=514,
+    ).spec  # fmt: skip
+    assert spec.name == (
+        "project-fp32-int8-512x256-x_fp16-norm-plain-stride514-extra_fp32_2at512stride514-t1x4x256"
+    )
     head = Head(vocab_size=32768, columns=256, weights=INT8, activation="bfloat16", embedding=INT8)
     assert head.spec.name == "head-bf16-int8-32768x256-int64-embed_int8-b1-t1x32x256"
     assert all(re.fullmatch(r"[a-z0-9_-]+", spec.name) for spec in every_spec())
@@ -113,6 +140,49 @@ def test_projections_that_no_kernel_covers_are_refused() -> None:
         Projection(rows=1 << 20, columns=1 << 11, weights=FLOAT16, activation="float16")
 
 
+def test_extra_rows_and_places_that_no_kernel_covers_are_refused() -> None:
+    def refused(message: str, **changes: object) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Projection(
+                rows=8, columns=56, weights=FLOAT16, activation="float32",
+                **{"extra_rows": 2, **changes},
+            )  # fmt: skip
+
+    refused("unknown input 'int8'", input="int8")
+    refused("output rows 7 apart, expected at least 8", output_stride=7)
+    refused("extra rows are int8, expected floats", extra_weights=INT8)
+    refused("extra rows are int4, expected floats", extra_weights=INT4)
+    refused("-1 extra rows, expected 0 or more", extra_rows=-1)
+    refused("extra products from -1 on, expected 0 or more", extra_offset=-1)
+    refused("extra products 1 apart, expected at least 2", extra_stride=1)
+    refused("a place for extra rows, of which there are none", extra_rows=0, extra_offset=4)
+    refused("a place for extra rows, of which there are none", extra_rows=0, extra_stride=4)
+
+
+def test_grid_covers_every_extra_row() -> None:
+    for fmt, batch, rows in itertools.product(FORMATS, (1, 8), (1, 2, 7, 128, 330)):
+        plain = Projection(rows=513, columns=256, weights=fmt, activation="float32", batch=batch)
+        both = Projection(
+            rows=513, columns=256, weights=fmt, activation="float32", batch=batch, extra_rows=rows
+        )
+        sizes = {"batch": batch}
+        before, after = (grid_of(spec.grid, sizes)[1] for spec in (plain.spec, both.spec))
+        assert rows <= (after - before) * both.extra_tile.rows < rows + both.extra_tile.rows
+        assert (both.extra_tile.batch, both.extra_tile.warps) == (both.tile.batch, both.tile.warps)
+
+
+def test_launch_asks_for_the_extra_matrix_where_it_has_rows() -> None:
+    whole = {"batch": 1, "x": 16, "weights": 32, "output": 48}
+    sized = {"rows": 8, "columns": 64, "weights": FLOAT16, "activation": "float32"}
+    both = Projection(**sized, extra_rows=2)
+    launch = both.launch(**whole, extra=64, extra_output=80)
+    assert (launch.arguments["extra"], launch.arguments["extra_output"]) == (64, 80)
+    with pytest.raises(ValueError, match="extra missing, extra_output missing"):
+        both.launch(**whole)
+    with pytest.raises(ValueError, match="extra unused, extra_output unused"):
+        Projection(**sized).launch(**whole, extra=64, extra_output=80)
+
+
 def test_heads_and_embeddings_that_no_kernel_covers_are_refused() -> None:
     with pytest.raises(ValueError, match="neither logits nor a token is written"):
         Head(vocab_size=8, columns=32, weights=FLOAT16, activation="float16", token=None)
@@ -121,6 +191,13 @@ def test_heads_and_embeddings_that_no_kernel_covers_are_refused() -> None:
             vocab_size=8, columns=64, weights=FLOAT16, activation="float16", token=None,
             logits=True, embedding=INT4,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="no step is prepared without a token"):
+        Head(
+            vocab_size=8, columns=32, weights=FLOAT16, activation="float16", token=None,
+            logits=True, advance=True,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="a ring of 0 steps, expected at least 1"):
+        Head(vocab_size=8, columns=32, weights=FLOAT16, activation="float16", advance=True, ring=0)
     with pytest.raises(ValueError, match="32 columns cannot be stored as int4"):
         Head(vocab_size=8, columns=32, weights=FLOAT16, activation="float16", embedding=INT4)
     with pytest.raises(ValueError, match="32 columns cannot be stored as int4"):
@@ -145,6 +222,22 @@ def test_launches_ask_for_what_they_read_and_write_and_no_more() -> None:
     for batch in (0, 3):
         with pytest.raises(ValueError, match=f"a batch of {batch}, expected 1 to 2"):
             projection.launch(batch=batch, **whole)
+
+
+def test_head_asks_for_the_next_step_if_it_prepares_it() -> None:
+    sizes = {"vocab_size": 8, "columns": 64, "weights": FLOAT16, "activation": "float16"}
+    addresses = {"x": 16, "norm": 32, "weights": 48, "tokens": 64, "workspace": 80, "counters": 96}
+    next_step = {"positions": 112, "ring": 128, "step": 144}
+    head = Head(**sizes, advance=True)
+    launch = head.launch(batch=1, last_slot=5, **addresses, **next_step)
+    assert launch.arguments.keys() == head.spec.arguments.keys()
+    assert {name: launch.arguments[name] for name in next_step} == next_step
+    assert launch.arguments["last_slot"] == 5
+    for name in next_step:
+        with pytest.raises(ValueError, match=f"{name} missing"):
+            head.launch(batch=1, **addresses, **{**next_step, name: 0})
+    with pytest.raises(ValueError, match="positions unused, ring unused, step unused"):
+        Head(**sizes).launch(batch=1, **addresses, **next_step)
 
 
 def test_head_without_tokens_asks_for_no_scratch() -> None:

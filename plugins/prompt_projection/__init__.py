@@ -1,0 +1,1 @@
+"""Kernels of the projections of many tokens; importing needs no PyTorch."""

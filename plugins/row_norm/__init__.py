@@ -1,0 +1,1 @@
+"""Norm of rows, for what reads a normed row more than once."""

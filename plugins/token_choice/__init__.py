@@ -1,0 +1,1 @@
+"""The kernel that chooses next tokens from logits; importing needs no PyTorch."""
