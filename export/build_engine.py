@@ -10,6 +10,7 @@ from pathlib import Path
 from export.bundle_writer import BundleWriteError
 from export.checks import ExportCheckError
 from export.cpu_models import KV_CACHE_DTYPES, CpuRequest
+from export.cuda_models import CudaRequest
 from export.engine import PLUGINS, PRECISIONS, EngineBuildError, EngineConfig
 from export.estimate import estimate
 from export.kernel_compiler import KernelCompileError
@@ -24,6 +25,8 @@ from model.hub import CheckpointDownloadError, ModelLocation
 from model.released import RELEASED_SHAPES, released_shape
 from runtime.backends.base import BackendUnavailableError
 from runtime.command import SUCCESS, CommandParser, UsageError, print_json, run_command
+from runtime.kernel_step.formats import STEP_PRECISIONS
+from runtime.kernel_step.variant import BACKEND as CUDA
 from runtime.tensorrt_module import PRODUCTS
 
 ERRORS = (
@@ -54,7 +57,10 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="bundle folder (build/<name>)")
     parser.add_argument(
-        "--backend", choices=[*PRODUCTS, "none"], default="tensorrt_rtx", help="engine to build"
+        "--backend",
+        choices=[*PRODUCTS, CUDA, "none"],
+        default="tensorrt_rtx",
+        help="engine to build, or cuda for steps of our own kernels",
     )
     parser.add_argument("--target", default="sm89", help="GPU architectures, e.g. sm89,sm86")
     parser.add_argument(
@@ -68,8 +74,14 @@ def make_parser() -> CommandParser:
         "--plugin",
         choices=PLUGINS,
         default="none",
-        help="who runs the custom ops in the engine: TensorRT's own layers (none), our kernels "
-        "(doge), or our kernels inside the engine (doge-aot, standard TensorRT only)",
+        help="what our kernels run in the engine: nothing (none), the custom ops (doge), the same "
+        "from inside the engine (doge-aot, standard TensorRT only), whole decoder layers (layer)",
+    )
+    parser.add_argument(
+        "--sampling-tail",
+        action=argparse.BooleanOptionalAction,
+        help="build a second engine that chooses tokens by itself, which takes the weights' memory "
+        "twice (with --plugin none)",
     )
     parser.add_argument(
         "--cpu",
@@ -121,8 +133,9 @@ def run(args: argparse.Namespace) -> int:
         location=location,
         random_shape=args.random_weights,
         output=output,
-        engine=None if args.backend == "none" else engine,
+        engine=engine if args.backend in PRODUCTS else None,
         cpu=_cpu_request(args),
+        cuda=_cuda_request(args),
         limits=engine.limits,
         router_mode=args.router,
         keep_checkpoint=not args.no_checkpoint,
@@ -160,14 +173,41 @@ def _engine_config(args: argparse.Namespace, config: DogeConfig) -> EngineConfig
             "to which the checkpoint is defined (docs/reference.md, Length)"
         )
     return EngineConfig(
-        backend="tensorrt_rtx" if args.backend == "none" else args.backend,
+        backend=args.backend if args.backend in PRODUCTS else "tensorrt_rtx",
         targets=tuple(args.target.split(",")),
         precision=args.precision,
         plugin=args.plugin,
+        sampling_tail=_sampling_tail(args),
         max_batch_size=args.max_batch_size,
         max_input_len=max_seq_len if args.max_input_len is None else args.max_input_len,
         max_seq_len=max_seq_len,
     )
+
+
+def _sampling_tail(args: argparse.Namespace) -> bool:
+    """Whether the engine gets a decode graph: unless told otherwise, where it can have one."""
+    if args.backend not in PRODUCTS:
+        if args.sampling_tail:
+            raise UsageError(
+                f"--sampling-tail is for engines, --backend {args.backend} builds none"
+            )
+        return False
+    return args.plugin == "none" if args.sampling_tail is None else bool(args.sampling_tail)
+
+
+def _cuda_request(args: argparse.Namespace) -> CudaRequest | None:
+    if args.backend != CUDA:
+        return None
+    if args.precision not in STEP_PRECISIONS:
+        raise UsageError(
+            f"--precision {args.precision} is for engines; --backend {CUDA} takes "
+            f"{', '.join(STEP_PRECISIONS)}"
+        )
+    if args.plugin != "none":
+        raise UsageError(
+            f"--plugin {args.plugin} is for engines; --backend {CUDA} is nothing but our kernels"
+        )
+    return CudaRequest(precision=args.precision, targets=tuple(args.target.split(",")))
 
 
 def _cpu_request(args: argparse.Namespace) -> CpuRequest | None:
@@ -195,11 +235,17 @@ def _print_estimate(
     request = _cpu_request(args)
     if request is not None:
         steps.append(f"lower to {request.name} for the CPU")
-    if args.backend != "none":
+    cuda = _cuda_request(args)
+    if cuda is not None:
+        steps.append(f"pack weights as {cuda.precision}")
+        steps.append(f"compile kernels for {', '.join(cuda.targets)}")
+    if args.backend in PRODUCTS:
         steps.append(f"lower to {engine.precision}")
         if engine.plugin != "none":
             steps.append(f"compile kernels for {', '.join(engine.targets)}")
         steps.append(f"build engine for {', '.join(engine.targets)}")
+        if engine.sampling_tail:
+            steps.append("build decode graph")
     steps.append("write bundle")
     if args.json:
         print_json({"bundle": str(output), "steps": steps, **found.as_dict()})
@@ -233,6 +279,12 @@ def _print_result(result: BuildResult) -> None:
             f"the plans of both profiles), {engine['cache_updates']} cache updates, "
             f"{engine['plugin_layers']} plugin layers"
         )
+        graph = engine["decode_graph"]
+        if graph is not None:
+            print(
+                f"decode graph chooses tokens: {graph['attention']} attention layers, "
+                f"{graph['cache_updates']} cache updates, no logits"
+            )
     if result.quality is not None:
         quality = result.quality
         print(

@@ -10,7 +10,7 @@ from pathlib import Path
 from export.bundle_writer import BundleWriteError, BundleWriter
 from export.engine import DTYPES, PRECISIONS
 from export.graph import MODEL_NAME
-from export.kernel_build import op_uses, write_kernels
+from export.kernel_build import op_uses, specs_of_steps, write_kernels
 from export.kernel_compiler import KernelCompileError
 from export.progress import BuildProgress
 from runtime.backends.base import BackendUnavailableError
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"bundle {args.bundle} was replaced by something that is none")
         uses = _uses(bundle, args.precision.split(","))
         with progress.stage(f"compile kernels for {', '.join(targets)}"):
-            library = write_kernels(uses, targets, writer, bundle)
+            steps = specs_of_steps(bundle)
+            library = write_kernels(uses, targets, writer, bundle, step_specs=steps)
         writer.adopt(bundle, lambda file: file.role != "kernels")
         writer.publish(bundle.manifest)
     if args.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,18 @@ from export.engine_config import (
     EngineConfig,
     Precision,
 )
-from export.engine_network import allow_decomposed_attention, check_network, check_plugins
+from export.engine_network import (
+    allow_decomposed_attention,
+    check_cache_in_place,
+    check_network,
+    check_plugins,
+)
 from export.plan.entries import READ_VERSION, PlanError, read_plan
 from export.plan.summary import PlanSummary, summarize
 from export.profiles import Profile, step_profiles
-from model.contract import StepContract
-from plugins.tensorrt_plugin import deregister_plugins, register_plugins
+from plugins.tensorrt_plugin import deregister_plugins, register_plugins, take_problems
+from runtime.engines.decode_graph import EngineInterface
+from runtime.kernel_step.layer_plugin import make_layer_creator
 from runtime.tensorrt_module import load_plugin_module, load_tensorrt
 
 __all__ = [
@@ -106,10 +113,12 @@ def check_builder(config: EngineConfig) -> None:
 def build_engine(
     onnx_path: Path,
     config: EngineConfig,
-    contract: StepContract,
+    contract: EngineInterface,
     sink: ProgressSink,
     *,
+    profiles: tuple[Profile, ...] | None = None,
     kernels: frozenset[str] = frozenset(),
+    plugin_launches: int = 1,
 ) -> BuiltEngine:
     """Parse a lowered model and build its engine.
 
@@ -118,7 +127,9 @@ def build_engine(
         config: targets and limits.
         contract: inputs and outputs in the engine's types; the network must match it.
         sink: where progress is shown.
+        profiles: the optimization profiles, the decode profile first; None for those of a step.
         kernels: names of the kernels that will be there where the engine runs, for plugins.
+        plugin_launches: how many of them a plugin starts in a decode step, for the report.
 
     Raises:
         BackendUnavailableError: the product is not installed or cannot be loaded.
@@ -126,37 +137,43 @@ def build_engine(
         KeyboardInterrupt: Ctrl-C during the build.
     """
     trt = load_tensorrt(config.backend)
+    asked = step_profiles(config.limits) if profiles is None else profiles
     if config.plugin == "none":
         deregister_plugins(trt)
-        return _build(trt, onnx_path, config, contract, sink)
+        return _build(trt, onnx_path, config, contract, sink, asked)
     if config.plugin == "doge-aot":
         deregister_plugins(trt)
-        return _build_with_kernels_inside(trt, onnx_path, config, contract, sink)
-    host = register_plugins(trt)
+        aot = register_aot(trt, onnx_path, config.targets).host
+        try:
+            built = _build(trt, onnx_path, config, contract, sink, asked)
+        except EngineBuildError as error:
+            raise _with_problems(error, aot.problems) from error
+        return replace(built, report=replace(built.report, kernels=tuple(sorted(aot.used))))
+    host = register_plugins(trt, *([make_layer_creator] if config.plugin == "layer" else []))
     host.known, host.used = kernels, set()
+    take_problems(trt)  # of builds before
     try:
-        built = _build(trt, onnx_path, config, contract, sink)
+        built = _build(trt, onnx_path, config, contract, sink, asked, plugin_launches)
+    except EngineBuildError as error:
+        raise _with_problems(error, take_problems(trt)) from error
     finally:
         host.known = None
     return replace(built, report=replace(built.report, kernels=tuple(sorted(host.used))))
 
 
-def _build_with_kernels_inside(
-    trt: Any, onnx_path: Path, config: EngineConfig, contract: StepContract, sink: ProgressSink
-) -> BuiltEngine:
-    """Build with ahead-of-time plugins, which swallow the reason when one of them fails."""
-    host = register_aot(trt, onnx_path, config.targets).host
-    try:
-        built = _build(trt, onnx_path, config, contract, sink)
-    except EngineBuildError as error:
-        if host.problems:
-            raise EngineBuildError(f"{error}; {'; '.join(host.problems)}") from error
-        raise
-    return replace(built, report=replace(built.report, kernels=tuple(sorted(host.used))))
+def _with_problems(error: EngineBuildError, problems: Iterable[str]) -> EngineBuildError:
+    """The error with what plugins have raised, which the builder swallows."""
+    return EngineBuildError("; ".join(dict.fromkeys([str(error), *problems])))
 
 
 def _build(
-    trt: Any, onnx_path: Path, config: EngineConfig, contract: StepContract, sink: ProgressSink
+    trt: Any,
+    onnx_path: Path,
+    config: EngineConfig,
+    contract: EngineInterface,
+    sink: ProgressSink,
+    profiles: tuple[Profile, ...],
+    plugin_launches: int = 1,
 ) -> BuiltEngine:
     """Parse and build with whatever plugins are registered."""
     log = BuildLog()
@@ -171,15 +188,17 @@ def _build(
             + "; ".join(reasons or log.errors)
         )
     check_network(network, contract)
+    check_cache_in_place(network, contract, config.plugin)
     allow_decomposed_attention(trt, network)
     layers = Counter(network.get_layer(i).type.name for i in range(network.num_layers))
     check_plugins(onnx_path, config, layers["PLUGIN_V3"])
 
-    profiles = step_profiles(config.limits)
     builder_config = builder.create_builder_config()
     builder_config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # One stream: the kernels stay the same (docs/plan.md), and none waits for another stream.
     builder_config.max_aux_streams = 0
+    if config.plugin == "layer":  # whose outputs are the cache that they read
+        builder_config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     _set_targets(trt, builder_config, config)
     for profile in profiles:
         _add_profile(builder, builder_config, profile, contract)
@@ -199,7 +218,7 @@ def _build(
             cache_updates=layers["KV_CACHE_UPDATE"],
             plugin_layers=layers["PLUGIN_V3"],
             kernels=(),
-            plan=read_plan_of_build(trt, log, profiles, contract),
+            plan=read_plan_of_build(trt, log, profiles, contract, plugin_launches),
             profiles=profiles,
             builder_version=str(trt.__version__),
         ),
@@ -207,7 +226,11 @@ def _build(
 
 
 def read_plan_of_build(
-    trt: Any, log: BuildLog, profiles: tuple[Profile, ...], contract: StepContract
+    trt: Any,
+    log: BuildLog,
+    profiles: tuple[Profile, ...],
+    contract: EngineInterface,
+    plugin_launches: int = 1,
 ) -> PlanSummary | None:
     """The plan from the builder's log, which must have the form that is known for its version.
 
@@ -227,6 +250,7 @@ def read_plan_of_build(
         [profile.name for profile in profiles],
         layers=len({spec.name.split(".")[1] for spec in contract.past}),
         cache_bytes=contract.bytes_per_token() * slots,
+        plugin_launches=plugin_launches,
     )
     if summary.unknown_kinds:
         kinds = ", ".join(summary.unknown_kinds)
@@ -256,7 +280,7 @@ def _set_targets(trt: Any, builder_config: Any, config: EngineConfig) -> None:
 
 
 def _add_profile(
-    builder: Any, builder_config: Any, profile: Profile, contract: StepContract
+    builder: Any, builder_config: Any, profile: Profile, contract: EngineInterface
 ) -> None:
     built = builder.create_optimization_profile()
     for spec in contract.inputs:

@@ -25,6 +25,9 @@ from runtime.kernel_library import (
     OpUse,
     source_sha256,
 )
+from runtime.kernel_step.variant import BACKEND as CUDA_BACKEND
+from runtime.kernel_step.variant import LAYER_PLUGIN, kernels_of_variant, layers_of_variant
+from runtime.tensorrt_module import PRODUCTS
 
 logger = logging.getLogger(__name__)
 
@@ -120,15 +123,18 @@ def write_kernels(
     targets: Sequence[str],
     writer: BundleWriter,
     previous: Bundle | None,
+    *,
+    step_specs: Sequence[KernelSpec] = (),
 ) -> KernelLibrary:
     """Compile what a model launches and add it to a bundle, with the launch manifest.
 
     Args:
-        uses: what the model does, in the number formats that are wanted.
+        uses: what the model does with the custom ops, in the number formats that are wanted.
         targets: architectures such as `sm89`.
         writer: the bundle.
         previous: an earlier bundle of the same model, whose kernels are kept where they are of
             another name or target; where another Triton compiled them, they are compiled anew.
+        step_specs: kernels of steps of our own (backend `cuda`) that are wanted.
 
     Returns:
         The library of what the bundle holds now.
@@ -140,6 +146,8 @@ def write_kernels(
     """
     kept = _kernels_in(previous)
     every_use = {use.key: use for use in uses}
+    wanted = {spec.name: spec for spec in step_specs}
+    kept_steps = {spec.name: spec for spec in specs_of_steps(previous)}
     if kept is not None:
         every_use |= {use.key: use for use in kept.uses}
         if kept.triton_version != _triton_version():
@@ -149,12 +157,14 @@ def write_kernels(
             )
             uses = tuple(every_use.values())
             targets = tuple(dict.fromkeys([*targets, *kept.targets]))
+            wanted = kept_steps | wanted
             kept = None
-    compiled = compile_kernels(kernels_of(uses), targets)
+    wanted |= {spec.name: spec for spec in kernels_of(uses)}
+    compiled = compile_kernels([wanted[name] for name in sorted(wanted)], targets)
     entries = {(kernel.target, kernel.spec.name): describe(kernel) for kernel in compiled}
     cubins = {describe(kernel).file: kernel.cubin for kernel in compiled}
     if kept is not None:
-        current = {spec.name: spec for spec in kernels_of(every_use.values())}
+        current = kept_steps | {spec.name: spec for spec in kernels_of(every_use.values())}
         for entry in kept.entries:
             spec = current.get(entry.name)
             if spec is not None and entry.is_of(spec):
@@ -173,6 +183,23 @@ def write_kernels(
         _write(writer, f"{KERNEL_FOLDER}/{name}", cubin)
     _write(writer, KERNEL_MANIFEST, library.to_json().encode())
     return library
+
+
+def specs_of_steps(bundle: Bundle | None) -> tuple[KernelSpec, ...]:
+    """The kernels of every model of a bundle whose layers are nothing but our kernels."""
+    if bundle is None:
+        return ()
+    specs = {
+        spec.name: spec
+        for variant in bundle.variants(CUDA_BACKEND)
+        for spec in kernels_of_variant(bundle, variant).specs
+    }
+    for backend in PRODUCTS:
+        for variant in bundle.variants(backend):
+            if variant.details.get("plugin") == LAYER_PLUGIN:
+                work = layers_of_variant(bundle, variant)
+                specs |= {spec.name: spec for spec in work.specs}
+    return tuple(specs[name] for name in sorted(specs))
 
 
 def _write(writer: BundleWriter, relative: str, content: bytes) -> None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import resource
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,12 @@ from typing import Any
 from export.bundle_writer import BundleWriter, same_source
 from export.checks import check_numbers, check_structure
 from export.cpu_models import CpuModelBuilder, CpuRequest
-from export.engine import (
-    DTYPES,
-    PRECISIONS,
-    EngineConfig,
-    EngineReport,
-    build_engine,
-    check_builder,
-)
-from export.engine_quality import EngineQuality
-from export.estimate import estimate
+from export.cuda_models import CudaModelBuilder, CudaRequest
+from export.cuda_models import check_name as cuda_check_name
+from export.engine import PRECISIONS, EngineConfig, check_builder
+from export.engine_models import EngineModelBuilder, check_name
 from export.graph import MODEL_NAME, export_onnx
-from export.kernel_build import op_uses, write_kernels
 from export.lowerings.cpu import CPU_PRECISIONS
-from export.lowerings.engine_weights import weight_format
-from export.lowerings.tensorrt import lower_for_tensorrt
 from export.progress import BuildProgress
 from export.sources import Checkpoint, describe_source, read_checkpoint, write_random
 from model.checkpoint import load_checkpoint
@@ -65,7 +55,8 @@ class BuildRequest:
         random_shape: name of a released shape for random weights, or None.
         output: folder of the bundle.
         engine: the engine to build, None for none.
-        cpu: the model lowered for the CPU, None for none.
+            cpu: the model lowered for the CPU, None for none.
+        cuda: the model for our own kernels, None for none.
         limits: limits of every model in the bundle.
         router_mode: overrides the checkpoint's, None keeps it.
         keep_checkpoint: put the checkpoint into the bundle, for backend torch.
@@ -78,6 +69,7 @@ class BuildRequest:
     output: Path
     engine: EngineConfig | None
     cpu: CpuRequest | None
+    cuda: CudaRequest | None
     limits: Limits
     router_mode: str | None
     keep_checkpoint: bool
@@ -143,6 +135,7 @@ def build_bundle(request: BuildRequest, progress: BuildProgress) -> BuildResult:
         if not kept:
             build.export()
         build.cpu_model()
+        build.cuda_model()
         engine = build.engine() if request.engine is not None else None
         with progress.stage("write bundle"):
             build.copy_checkpoint()
@@ -224,12 +217,12 @@ class _Build:
         if manifest.versions != self._versions:
             self._warn("other package versions than the bundle's: everything is built anew")
             return False
-        rebuilt = self._engine_path()
+        rebuilt = self._rebuilt_paths()
         self._writer.adopt(previous, lambda file: _is_kept(file, rebuilt))
         self._adopted = previous
         self._checks = {name: dict(result) for name, result in manifest.checks.items()}
         self._variants = [
-            v for v in manifest.variants if v.path != rebuilt and v.backend != "torch"
+            v for v in manifest.variants if v.path not in rebuilt and v.backend != "torch"
         ]
         logger.info("the ONNX model of the bundle is kept; --force builds it anew")
         return True
@@ -285,95 +278,59 @@ class _Build:
             if not built.quality.accepted:
                 self._warn(f"{name} loses more than its bound: {built.quality}")
 
+    def cuda_model(self) -> None:
+        """Add the model for our own kernels."""
+        request = self._request.cuda
+        if request is None:
+            return
+        builder = CudaModelBuilder(
+            self._writer,
+            self._checkpoint,
+            self._request.limits,
+            self._progress,
+            adopted=self._adopted,
+            trained=self._request.random_shape is None,
+            eval_text=self._request.eval_text,
+        )
+        self._checks.pop(cuda_check_name(request), None)
+        built = builder.build(request, self.network, force=self._request.force)
+        self._checks |= built.checks
+        self._variants.append(built.variant)
+        self._variants.sort(key=_preference)
+        if built.quality is not None:
+            name = f"{built.variant.backend}:{built.variant.name}"
+            self.quality = self.quality or {"variant": name, **built.quality.as_dict()}
+            if not built.quality.accepted:
+                self._warn(f"{name} loses more than its bound: {built.quality}")
+
     def engine(self) -> dict[str, Any]:
-        """Lower the canonical model and build the engine."""
-        config = self._request.engine
+        """Build the engine that is asked for; its part of the report."""
+        request, config = self._request, self._request.engine
         if config is None:
             raise AssertionError("no engine was asked for")
-        canonical = self._writer.folder / MODEL_NAME
-        dtype = DTYPES[config.precision]
-        contract = self.contract(dtype)
-        with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
-            with self._progress.stage(f"lower to {config.precision}"):
-                lowered = lower_for_tensorrt(
-                    canonical,
-                    Path(scratch),
-                    dtype,
-                    weights=weight_format(config.precision),
-                    plugins=config.plugin == "doge",
-                    aot_plugins=config.plugin == "doge-aot",
-                )
-            quality = self._engine_quality(config, canonical, lowered)
-            kernels = self._kernels(config, dtype)
-            with self._progress.stage("build engine"):
-                built = build_engine(lowered, config, contract, self._progress, kernels=kernels)
-        relative = f"engines/{config.file_name}"
-        self._writer.path_for(relative).write_bytes(built.blob)
-        self._writer.add_file("engine", relative)
-        details = _engine_details(config, built.report, contract, dtype)
-        details["quality"] = quality
-        if weight_format(config.precision) is not None:
-            shape = (self._checkpoint.config, self._checkpoint.generation)
-            details["read_bytes_per_token"] = estimate(*shape, config).read_bytes_per_token
-        variant = Variant(
-            backend=config.backend,
-            name=config.variant_name,
-            path=relative,
-            precision=config.precision,
-            details=details,
-        )
-        self._variants.append(variant)
-        self._variants.sort(key=_preference)
-        keys = ("targets", "layers", "plugin_layers", "fused_attention", "plan")
-        return {
-            "backend": config.backend,
-            "precision": config.precision,
-            "cache_updates": built.report.cache_updates,
-            "attention": built.report.attention,
-            "quality": quality,
-            **{key: details[key] for key in keys},
-        }
-
-    def _engine_quality(
-        self, config: EngineConfig, canonical: Path, lowered: Path
-    ) -> dict[str, Any] | None:
-        """Measure what the engine's precision loses, before the long build."""
-        name, request = config.variant_name, self._request
-        check = f"engine_{name}_quality"
-        self._checks.pop(check, None)
-        measured = EngineQuality(
-            canonical,
+        builder = EngineModelBuilder(
+            self._writer,
             self._checkpoint,
             request.limits,
+            self._progress,
+            adopted=self._adopted,
             trained=request.random_shape is None,
             eval_text=request.eval_text,
+            load_network=self.network,
         )
-        reason = measured.why_not(config)
-        if reason is not None:
-            logger.info("the quality of %s is not measured: %s", name, reason)
-            return None
-        with self._progress.stage(f"measure the quality of {name}"):
-            if config.plugin == "doge-aot":  # ONNX Runtime lacks these plugins; the weights count
-                folder = lowered.with_suffix("")
-                folder.mkdir()
-                dtype, weights = DTYPES[config.precision], weight_format(config.precision)
-                lowered = lower_for_tensorrt(canonical, folder, dtype, weights=weights)
-            quality = measured.measure(config, lowered, force=request.force)
-        found = {"variant": f"{config.backend}:{name}", **quality.as_dict()}
-        self._checks[check] = {"passed": quality.accepted, **quality.as_dict()}
-        self.quality = self.quality or found
-        if not quality.accepted:
-            self._warn(f"{found['variant']} loses more than its bound: {quality}")
-        return found
-
-    def _kernels(self, config: EngineConfig, dtype: str) -> frozenset[str]:
-        """Compile what the engine's plugins launch into the bundle; their names."""
-        if config.plugin != "doge":
-            return frozenset()
-        uses = op_uses(self._writer.folder / MODEL_NAME, dtype)
-        with self._progress.stage(f"compile kernels for {', '.join(config.targets)}"):
-            library = write_kernels(uses, config.targets, self._writer, self._adopted)
-        return library.names
+        self._checks.pop(check_name(config), None)
+        built = builder.build(config, force=request.force)
+        for file in built.files:
+            self._writer.add_file("engine", file)
+        self._checks |= built.checks
+        self._variants.append(built.variant)
+        self._variants.sort(key=_preference)
+        if built.quality is not None:
+            self.quality = self.quality or built.report["quality"]
+            if not built.quality.accepted:
+                name = f"{built.variant.backend}:{built.variant.name}"
+                self._warn(f"{name} loses more than its bound: {built.quality}")
+        return built.report
 
     def copy_checkpoint(self) -> None:
         """Link the checkpoint and its tokenizer into the bundle, unless adopted already."""
@@ -409,9 +366,12 @@ class _Build:
             checks=self._checks,
         )
 
-    def _engine_path(self) -> str | None:
-        engine = self._request.engine
-        return None if engine is None else f"engines/{engine.file_name}"
+    def _rebuilt_paths(self) -> frozenset[str]:
+        """What is built now, and so not taken over."""
+        engine, cuda = self._request.engine, self._request.cuda
+        names = [] if engine is None else [engine.file_name, engine.decode_file_name]
+        paths = [f"engines/{name}" for name in names]
+        return frozenset([*paths, *([] if cuda is None else [cuda.path])])
 
     def _warn(self, message: str) -> None:
         logger.warning("%s", message)
@@ -436,30 +396,9 @@ def _preference(variant: Variant) -> int:
     return 2 * place + later
 
 
-def _is_kept(file: BundleFile, rebuilt: str | None) -> bool:
-    """Checkpoint and tokenizer are linked anew, the engine that is built now is replaced."""
-    return file.role not in {"checkpoint", "tokenizer"} and file.path != rebuilt
-
-
-def _engine_details(
-    config: EngineConfig, report: EngineReport, contract: StepContract, dtype: str
-) -> dict[str, Any]:
-    return {
-        "targets": list(config.targets),
-        "builder_version": report.builder_version,
-        "cache_dtype": dtype,
-        "score_dtype": "float32",
-        "profiles": [profile.as_dict(contract) for profile in report.profiles],
-        "contract": contract.as_dict(),
-        "layers": report.layers,
-        "attention": report.attention,
-        "cache_updates": report.cache_updates,
-        "plugin": config.plugin,
-        "plugin_layers": report.plugin_layers,
-        "kernels": list(report.kernels),
-        "fused_attention": report.fused_attention,
-        "plan": None if report.plan is None else report.plan.as_dict(),
-    }
+def _is_kept(file: BundleFile, rebuilt: frozenset[str]) -> bool:
+    """Checkpoint and tokenizer are linked anew, what is built now is replaced."""
+    return file.role not in {"checkpoint", "tokenizer"} and file.path not in rebuilt
 
 
 def _installed_versions() -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.contract import StepContract, TensorSpec
+from model.contract import TensorSpec
 from runtime.backends.base import Limits
+from runtime.engines.decode_graph import EngineInterface
 
 # What a profile is tuned for where its range is wide: one sequence, a short prompt.
 TYPICAL_INPUT_LEN = 128
@@ -39,7 +40,7 @@ class Profile:
             tuple(r.max for r in ranges),
         )
 
-    def as_dict(self, contract: StepContract) -> dict[str, object]:
+    def as_dict(self, contract: EngineInterface) -> dict[str, object]:
         """JSON-ready form with the shapes of all inputs, as the manifest stores it."""
         return {
             "name": self.name,

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 
-def wants_gradient(*inputs: Tensor) -> bool:
-    """Whether autograd records and any input asks for a gradient.
+def runs_definition(*inputs: Tensor) -> bool:
+    """Whether autograd records and any input asks for a gradient, or a compiler looks on.
 
-    The ops have no autograd formula of their own: autograd differentiates their definitions.
+    The ops have no autograd formula of their own: autograd differentiates their definitions. And
+    `torch.compile` makes kernels of a definition, where an op would be a wall to it; an export
+    wants the op.
     """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return True
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

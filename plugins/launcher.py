@@ -196,7 +196,7 @@ def open_driver() -> Any:
         LaunchError: cuda-python, the driver or a GPU is missing.
     """
     if importlib.util.find_spec("cuda") is None:
-        raise LaunchError("cuda-python is not installed; run: pip install 'doge-tensorrt[rtx]'")
+        raise LaunchError("cuda-python is not installed; run: pip install 'doge-tensorrt[cuda]'")
     from cuda.bindings import driver
 
     try:

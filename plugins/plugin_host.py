@@ -6,9 +6,9 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from plugins.kernel_spec import OpKernels
+from plugins.kernel_spec import KernelSpec
 from plugins.launcher import Launcher
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -18,6 +18,14 @@ _KEPT_PROBLEMS = 8
 
 class PluginError(Exception):
     """A plugin cannot do what TensorRT asks; the message says why."""
+
+
+class HasKernels(Protocol):
+    """What knows its kernels, such as an `OpKernels`."""
+
+    @property
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """Every variant that it may launch."""
 
 
 @dataclass(kw_only=True)
@@ -37,8 +45,8 @@ class PluginHost:
     used: set[str] = field(default_factory=set)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=_KEPT_PROBLEMS))
 
-    def check(self, kernels: OpKernels) -> None:
-        """Note the variants of an op.
+    def check(self, kernels: HasKernels) -> None:
+        """Note the variants of a plugin.
 
         Raises:
             PluginError: some are not known.

@@ -12,98 +12,54 @@ stream it is given and does nothing else, so a CUDA graph can capture it; a repl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
 
-import numpy as np
-
-from plugins.custom_op import PLUGIN_NAMESPACE, PLUGIN_VERSION, AttributeType, CustomOp
+from plugins.custom_op import PLUGIN_NAMESPACE, CustomOp
+from plugins.hosted_plugin import (
+    COUNTERS_FIELD,
+    Attributes,
+    HostedPlugin,
+    PluginFields,
+    make_hosted_class,
+    make_hosted_creator,
+)
 from plugins.kernel_spec import OpKernels
-from plugins.launcher import Launcher, LaunchError
 from plugins.plugin_host import PluginError, PluginHost, told
 from plugins.registry import OPS
 
-# Fields of a serialized plugin beside the op's attributes.
-COUNTERS_FIELD = "counters"
+__all__ = [
+    "COUNTERS_FIELD",
+    "PluginError",
+    "PluginFields",
+    "PluginHost",
+    "deregister_plugins",
+    "make_creator",
+    "make_plugin_class",
+    "register_plugins",
+    "take_problems",
+]
+
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 _HALF_OR_FLOAT = ("FLOAT", "HALF", "BF16")
 
 
-class PluginFields:
-    """Fields of a plugin with their numbers, which a collection of TensorRT's only points to.
-
-    Attributes:
-        collection: the fields; valid as long as this object lives.
-    """
-
-    def __init__(
-        self,
-        trt: Any,
-        kinds: Mapping[str, AttributeType],
-        values: Mapping[str, int | float],
-    ) -> None:
-        """Hold `values`, an int32 or a float32 each as `kinds` says."""
-        types = trt.PluginFieldType
-        self._arrays = {
-            name: np.array([values[name]], np.int32 if kind == "INT" else np.float32)
-            for name, kind in kinds.items()
-        }
-        self.collection = trt.PluginFieldCollection(
-            [
-                trt.PluginField(
-                    name, self._arrays[name], types.INT32 if kind == "INT" else types.FLOAT32
-                )
-                for name, kind in kinds.items()
-            ]
-        )
-
-
-class _OpPlugin:
-    """What every plugin does; mixed into TensorRT's interfaces by `make_plugin_class`.
+class _OpPlugin(HostedPlugin):
+    """What the plugin of a custom op does; `make_plugin_class` gives it the op.
 
     Attributes:
         op: the custom op.
-        trt: the TensorRT module.
-        host: what the process has loaded.
-        attributes: the node's.
-        counter_count: counters that the largest profile needs, 0 before any was configured.
     """
 
     op: CustomOp
-    trt: Any
-    host: PluginHost
+    interfaces = ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime")
 
-    def __init__(self, attributes: Mapping[str, int | float], counter_count: int = 0) -> None:
-        """Make a plugin; clones are made in the same way, since C++ holds part of the state."""
-        trt = self.trt
-        for base in (
-            trt.IPluginV3,
-            trt.IPluginV3OneCore,
-            trt.IPluginV3OneBuild,
-            trt.IPluginV3OneRuntime,
-        ):
-            base.__init__(self)
-        self.num_outputs = 1
-        self.plugin_name = self.op.name
-        self.plugin_version = PLUGIN_VERSION
-        self.plugin_namespace = PLUGIN_NAMESPACE
-        self.attributes = dict(attributes)
-        self.counter_count = counter_count
+    def __init__(self, attributes: Attributes, counter_count: int = 0) -> None:
+        """Make a plugin of an op's attributes."""
+        super().__init__(attributes, counter_count)
         self._kernels: OpKernels | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._launcher: Launcher | None = None
-        self._counters = 0
-
-    # Core.
-
-    def get_capability_interface(self, kind: Any) -> Any:
-        """Every capability is this object's."""
-        del kind
-        return self
-
-    def clone(self) -> Any:
-        """Another plugin of the same attributes."""
-        return type(self)(self.attributes, self.counter_count)
 
     # Build.
 
@@ -162,40 +118,7 @@ class _OpPlugin:
         kernels = self._make_kernels([tensor.desc for tensor in descs])
         return kernels.workspace_bytes(self._named([tuple(tensor.max) for tensor in descs]))
 
-    def get_valid_tactics(self) -> list[int]:
-        """There is one way to run it."""
-        return []
-
     # Run time.
-
-    def get_fields_to_serialize(self) -> Any:
-        """All that the run time needs: the attributes, and how many counters."""
-        self._fields = PluginFields(
-            self.trt,
-            {**self.op.attributes, COUNTERS_FIELD: "INT"},
-            {**self.attributes, COUNTERS_FIELD: self.counter_count},
-        )
-        return self._fields.collection
-
-    @told
-    def attach_to_context(self, context: Any) -> Any:
-        """A clone for one execution context, with counters of its own.
-
-        Memory is taken here: later calls may stand in the capture of a CUDA graph. Which kernels
-        it launches is known with the shapes; counters may come from any launcher.
-
-        Raises:
-            LaunchError: the driver has no memory.
-        """
-        del context
-        attached = self.clone()
-        if self.host.launchers:
-            attached._counters = self.host.launchers[-1][1].zeros(self.counter_count)
-        return attached
-
-    def set_tactic(self, tactic: int) -> None:
-        """There is one."""
-        del tactic
 
     @told
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -209,8 +132,7 @@ class _OpPlugin:
             return  # the builder asks before shapes are known
         self._kernels = self._make_kernels(descs)
         self._shapes = self._named([tuple(desc.dims) for desc in descs])
-        if self._launcher is None and self.host.launchers:
-            self._launcher = self.host.launcher_of(spec.name for spec in self._kernels.specs)
+        self._find_launcher(spec.name for spec in self._kernels.specs)
 
     @told
     def enqueue(
@@ -228,25 +150,16 @@ class _OpPlugin:
             PluginError: shapes that no kernel covers, too few counters, or a refused launch.
         """
         del input_descs, output_descs
-        if self._kernels is None or self._launcher is None or not self._counters:
-            raise PluginError(
-                f"{self.op.name}: enqueue before attach_to_context and on_shape_change, or no "
-                "kernels"
-            )
-        if (needed := self._kernels.counters(self._shapes)) > self.counter_count:
-            raise PluginError(
-                f"{self.op.name}: {needed} counters are needed, the profiles were built for "
-                f"{self.counter_count}"
-            )
-        addresses = dict(zip((*self.op.inputs, *self.op.outputs), (*inputs, *outputs), strict=True))
-        try:
-            launches = self._kernels.launches(
-                self._shapes, addresses, int(workspace), self._counters
-            )
-            for launch in launches:
-                self._launcher.launch(launch, int(stream))
-        except (LaunchError, ValueError) as error:
-            raise PluginError(f"{self.op.name}: {error}") from error
+        kernels, shapes = self._kernels, self._shapes
+        if kernels is None:
+            raise self._unready()
+        names = (*self.op.inputs, *self.op.outputs)
+        addresses = dict(zip(names, (*inputs, *outputs), strict=True))
+        self._run(
+            lambda: kernels.launches(shapes, addresses, int(workspace), self._counters),
+            stream,
+            kernels.counters(shapes),
+        )
 
     def _make_kernels(self, descs: Sequence[Any]) -> OpKernels:
         shapes = self._named([tuple(desc.dims) for desc in descs])
@@ -265,66 +178,32 @@ class _OpPlugin:
 
 def make_plugin_class(trt: Any, op: CustomOp, host: PluginHost) -> type[Any]:
     """The plugin class of an op for one TensorRT product."""
-    bases = (
-        _OpPlugin,
-        trt.IPluginV3,
-        trt.IPluginV3OneCore,
-        trt.IPluginV3OneBuild,
-        trt.IPluginV3OneRuntime,
-    )
-    return type(f"{op.name}Plugin", bases, {"op": op, "trt": trt, "host": host})
+    return make_hosted_class(trt, host, _OpPlugin, op=op, plugin_type=op.name, kinds=op.attributes)
 
 
 def make_creator(trt: Any, op: CustomOp, host: PluginHost) -> Any:
     """The creator by which TensorRT makes an op's plugins: from ONNX nodes and from engines."""
-    plugin_class = make_plugin_class(trt, op, host)
-    attributes = op.attributes
-
-    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IPluginCreatorV3One.__init__(self)
-            self.name = op.name
-            self.plugin_version = PLUGIN_VERSION
-            self.plugin_namespace = PLUGIN_NAMESPACE
-            self.host = host
-            self._fields = PluginFields(trt, attributes, dict.fromkeys(attributes, 0))
-            self.field_names = self._fields.collection
-
-        @told
-        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            given = {item.name: _number(item) for item in fields if item.name in attributes}
-            if missing := attributes.keys() - given.keys():
-                raise PluginError(f"{op.name} {name}: no {', '.join(sorted(missing))} was given")
-            if phase == trt.TensorRTPhase.BUILD:
-                return plugin_class(given)
-            counters = [_number(item) for item in fields if item.name == COUNTERS_FIELD]
-            if len(counters) != 1:
-                raise PluginError(
-                    f"{op.name} {name}: the engine has no field {COUNTERS_FIELD}; it was built by "
-                    "another version of the project, build it again"
-                )
-            return plugin_class(given, int(counters[0]))
-
-    return Creator()
+    make = make_plugin_class(trt, op, host)
+    return make_hosted_creator(trt, host, op.name, op.attributes, make)
 
 
-def _number(item: Any) -> int | float:
-    values = np.asarray(item.data).ravel()
-    if values.size != 1:
-        raise PluginError(f"field {item.name} has {values.size} numbers, expected 1")
-    number: int | float = values[0].item()
-    return number
+class CreatorMaker(Protocol):
+    """Makes the creator of one plugin."""
+
+    def __call__(self, trt: Any, *, host: PluginHost) -> Any:
+        """The creator, for one TensorRT product."""
 
 
 # Creators must outlive every engine that uses them, and a registry takes each name once.
 _HOSTS: dict[str, tuple[PluginHost, list[Any]]] = {}
 
 
-def register_plugins(trt: Any) -> PluginHost:
-    """Register every op's plugin with a TensorRT product; once for a process.
+def register_plugins(trt: Any, *more: CreatorMaker) -> PluginHost:
+    """Register plugins with a TensorRT product, each once for a process: every op's, and others.
 
     Args:
         trt: the module `tensorrt_rtx` or `tensorrt`.
+        more: what makes the creators of other plugins.
 
     Returns:
         What all plugins of that product share; add launchers to it before an engine is loaded.
@@ -333,15 +212,16 @@ def register_plugins(trt: Any) -> PluginHost:
         PluginError: TensorRT refuses a creator.
     """
     product = trt.__name__
-    if product not in _HOSTS:
-        host = PluginHost()
-        creators = [make_creator(trt, op, host) for op in OPS]
-        registry = trt.get_plugin_registry()
-        for op, creator in zip(OPS, creators, strict=True):
-            if not registry.register_creator(creator, PLUGIN_NAMESPACE):
-                raise PluginError(f"{product} does not take the plugin {op.name}")
-        _HOSTS[product] = (host, creators)
-    return _HOSTS[product][0]
+    host, creators = _HOSTS.get(product, (PluginHost(), []))
+    for maker in (*(partial(make_creator, op=op) for op in OPS), *more):
+        creator = maker(trt, host=host)
+        if creator.name in {known.name for known in creators}:
+            continue
+        if not trt.get_plugin_registry().register_creator(creator, PLUGIN_NAMESPACE):
+            raise PluginError(f"{product} does not take the plugin {creator.name}")
+        creators.append(creator)
+    _HOSTS[product] = (host, creators)
+    return host
 
 
 def deregister_plugins(trt: Any) -> None:

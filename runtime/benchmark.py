@@ -33,7 +33,7 @@ ERRORS = (
     UnsupportedModelError,
     ValueError,
 )
-# The roofline is that of the CPU's memory.
+# The roofline is that of the CPU's memory; engines tell that of their GPU's.
 _ON_CPU = ("onnxruntime", "torch")
 
 
@@ -131,14 +131,20 @@ def _chosen(bundle: Bundle, name: str | None) -> tuple[str | None, str | None]:
 def _floor_s(
     task: _Task, found: Measurement, meter: BandwidthMeter, *, on_gpu: bool
 ) -> float | None:
-    """Seconds that reading what a step needs takes; None where this CPU does not do it."""
+    """Seconds that reading what a step needs takes where it runs; None where that is unknown."""
     backend, asked = found.opened.backend, task.contender
-    if backend not in _ON_CPU or (on_gpu and backend == "onnxruntime"):
+    device = found.opened.device
+    bytes_per_s = meter.bytes_per_s
+    if device is not None:
+        if device["copy_gb_per_s"] is None:
+            return None
+        bytes_per_s = 1e9 * device["copy_gb_per_s"]
+    elif backend not in _ON_CPU or (on_gpu and backend == "onnxruntime"):
         return None
     variant = task.bundle.variant(backend, found.opened.variant)
     context = asked.input_len + asked.output_len / 2  # the mean over the later tokens
     read = step_bytes(task.bundle, variant, asked.batch_size, context)
-    return None if read is None else read / meter.bytes_per_s
+    return None if read is None else read / bytes_per_s
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,13 @@ class Result:
             "peak_rss_mb": round(self.measurement.peak_rss_mb, 1),
             "roofline_fraction": _rounded(self.roofline_fraction, 4),
             "repeats": len(self.measurement.timings),
+            **({} if self.device is None else {"device": dict(self.device)}),
         }
+
+    @property
+    def device(self) -> Mapping[str, Any] | None:
+        """What is known of the GPU that ran it."""
+        return self.measurement.opened.device
 
 
 def make_results(
@@ -182,6 +188,14 @@ def print_table(results: Sequence[Result], machine: dict[str, Any]) -> None:
         f"{machine['cpu']}, {machine['cores']} cores; memory was read at "
         f"{machine['read_gb_per_s']} GB/s with {machine['read_threads']} threads"
     )
+    for result in results:
+        if (device := result.device) is not None:
+            copies = _number(device["copy_gb_per_s"], ".0f") or "?"
+            print(
+                f"{result.backend}:{result.variant}, prompt of {result.contender.input_len}: "
+                f"{device['gpu']}, {device['memory_mb']:.0f} MiB of its memory, copies at {copies} "
+                f"GB/s, runtime cache {device['runtime_cache']}"
+            )
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,7 @@ class BackendSystem:
     Attributes:
         backend: key in `BACKENDS`.
         variant: which of the bundle's models.
+        device: of an engine, the GPU, its memory with the cache in it, and how fast it copies.
     """
 
     def __init__(self, backend: Backend, batch_size: int, capacity: int) -> None:
@@ -102,6 +104,8 @@ class BackendSystem:
         self.variant = backend.variant
         self._backend = backend
         self._cache = backend.new_cache(batch_size, capacity)
+        facts = getattr(backend, "device_facts", None)
+        self.device: dict[str, Any] | None = None if facts is None else facts()
 
     def run(self, prompts: Ids, output_len: int) -> Timing:
         """Generate `output_len` tokens from prompts [B, S]."""

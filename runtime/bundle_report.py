@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from runtime.bundle import Bundle
+from runtime.engines.decode_graph import DECODE_GRAPH, decode_graph_of
 from runtime.manifest import Variant
 
 MIB = 1 << 20
@@ -65,12 +66,14 @@ def _part_of(tensor: str) -> str:
 def _variant(bundle: Bundle, variant: Variant) -> dict[str, Any]:
     limits, contract = bundle.limits, bundle.contract_of(variant)
     per_token = contract.bytes_per_token()
+    sizes = {file.path: file.bytes for file in bundle.manifest.files}
     files = [
         file
         for file in bundle.manifest.files
         if file.path in {variant.path, f"{variant.path}.data"}
         or file.path.startswith(f"{variant.path}/")
     ]
+    graph = decode_graph_of(variant)
     return {
         "backend": variant.backend,
         "name": variant.name,
@@ -81,6 +84,9 @@ def _variant(bundle: Bundle, variant: Variant) -> dict[str, Any]:
         "kv_bytes": per_token * limits.max_seq_len * limits.max_batch_size,
         "inputs": [spec.as_dict() for spec in contract.inputs],
         "outputs": [spec.as_dict() for spec in contract.outputs],
+        "decode_graph": None
+        if graph is None
+        else {"path": graph.path, "bytes": sizes.get(graph.path, 0)},
         "details": dict(variant.details),
     }
 
@@ -149,9 +155,23 @@ def _printed_variant(variant: Mapping[str, Any]) -> list[str]:
             f"  engine     for {', '.join(details['targets'])}, built by version "
             f"{details.get('builder_version')}, plugins {details.get('plugin')}"
         )
+    if "layer_launches" in details:
+        lines.append(
+            f"  layers     each a plugin of our kernels, {details['layer_launches']} launches of "
+            "them in a decode step"
+        )
     plan = details.get("plan")
     if isinstance(plan, dict):
         lines += _printed_plan(plan)
+    graph = variant["decode_graph"]
+    if graph is not None:
+        own = details[DECODE_GRAPH]
+        lines.append(
+            f"  decode     chooses tokens among {own['width']} candidates, without logits: "
+            f"{graph['bytes'] / MIB:,.1f} MiB in {graph['path']}"
+        )
+        if isinstance(own.get("plan"), dict):
+            lines += _printed_plan(own["plan"])
     return lines
 
 

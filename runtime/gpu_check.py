@@ -24,11 +24,13 @@ from runtime.gpu_checks.cuda_device import CudaDevice
 from runtime.gpu_checks.environment import checkout_commit
 from runtime.gpu_checks.evidence import Evidence
 from runtime.gpu_checks.kernel_reference import require_torch
+from runtime.gpu_checks.kernels import KernelsSection
 from runtime.gpu_checks.report import print_evidence
 from runtime.gpu_checks.section import (
     CheckedBundle,
     Deadline,
     Report,
+    Section,
     Subject,
     overall,
     run_sections,
@@ -60,6 +62,11 @@ def make_parser() -> CommandParser:
         help=f"where the evidence file goes ({_EVIDENCE_FOLDER} where there is a "
         f"{_EVIDENCE_FOLDER.parent} folder, else the current one)",
     )  # fmt: skip
+    parser.add_argument(
+        "--sections", metavar="NAME[,NAME...]",
+        help=f"leave out all others (of {', '.join(section.name for section in SECTIONS)}); "
+        "shares of the bandwidth need bandwidth",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of the random inputs (a new one; it is recorded)")
     parser.add_argument(
         "--time-limit", type=float, default=_TIME_LIMIT_S, metavar="SECONDS",
@@ -75,18 +82,19 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(_SEEDS) if args.seed is None else args.seed
     if seed < 0:
         raise UsageError(f"--seed must be at least 0, got {seed}")
+    sections = _chosen(args.sections)
     bundles = open_bundles(args.bundles, _BUILD_FOLDER)
     folder = args.output or _default_folder()
     try:
         device = CudaDevice.open()
     except LaunchError as error:
         if not args.json:
-            _print_plan(bundles, folder)
+            _print_plan(sections, bundles, folder)
         raise LaunchError(
             f"{error}; nothing was checked: run this where there is an NVIDIA GPU"
         ) from error
     with closing(device):
-        sections = _check(device, bundles, seed, deadline)
+        reports = _check(device, sections, bundles, seed, deadline)
     gpu = device.facts.gpu
     evidence = Evidence(
         gpu=gpu.name,
@@ -94,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         driver_cuda="{}.{}".format(*gpu.driver_version),
         project_version=importlib.metadata.version("doge-tensorrt"),
         commit=checkout_commit(),
-        command=_command(bundles, seed, args.time_limit),
+        command=_command(bundles, args.sections, seed, args.time_limit),
         date=datetime.now(UTC).date().isoformat(),
         seed=seed,
         seconds=round(time.monotonic() - begin, 1),
-        verdict=overall(sections),
-        sections=sections,
+        verdict=overall(reports),
+        sections=reports,
     )
     path = evidence.write(folder)
     if args.json:
@@ -111,10 +119,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(
-    device: CudaDevice, bundles: tuple[CheckedBundle, ...], seed: int, deadline: Deadline
+    device: CudaDevice,
+    sections: Sequence[Section],
+    bundles: tuple[CheckedBundle, ...],
+    seed: int,
+    deadline: Deadline,
 ) -> dict[str, Report]:
     """Load every bundle's kernels, which may be refused, and only then run the sections."""
-    require_torch()
+    if any(section.name == KernelsSection.name for section in sections):
+        require_torch()
     with ExitStack() as stack:
         launchers = {
             bundle.name: stack.enter_context(closing(device.open_launcher(bundle.library)))
@@ -124,21 +137,40 @@ def _check(
         subject = Subject(
             device=device, bundles=bundles, launchers=launchers, seed=seed, deadline=deadline
         )
-        return run_sections(SECTIONS, subject, lambda name: logger.info("section %s", name))
+        return run_sections(sections, subject, lambda name: logger.info("section %s", name))
 
 
-def _command(bundles: Sequence[CheckedBundle], seed: int, time_limit: float) -> str:
+def _chosen(names: str | None) -> tuple[Section, ...]:
+    """The sections with these names, in the order in which they run; all when None."""
+    if names is None:
+        return SECTIONS
+    wanted = names.split(",")
+    if unknown := sorted(set(wanted) - {section.name for section in SECTIONS}):
+        raise UsageError(
+            f"--sections: there is no {', '.join(map(repr, unknown))}; there are "
+            f"{', '.join(section.name for section in SECTIONS)}"
+        )
+    return tuple(section for section in SECTIONS if section.name in wanted)
+
+
+def _command(
+    bundles: Sequence[CheckedBundle], sections: str | None, seed: int, time_limit: float
+) -> str:
     """What gives the same inputs again."""
     words = ["python", "runtime/gpu_check.py", *(bundle.name for bundle in bundles)]
+    if sections is not None:
+        words += ["--sections", sections]
     words += ["--seed", str(seed)]
     if time_limit != _TIME_LIMIT_S:
         words += ["--time-limit", f"{time_limit:g}"]
     return shlex.join(words)
 
 
-def _print_plan(bundles: Sequence[CheckedBundle], folder: Path) -> None:
+def _print_plan(
+    sections: Sequence[Section], bundles: Sequence[CheckedBundle], folder: Path
+) -> None:
     print("With a GPU this would:")
-    for section in SECTIONS:
+    for section in sections:
         for line in section.plan(bundles):
             print(f"  {line}")
     print(f"  write evidence-<gpu>.json to {folder}")

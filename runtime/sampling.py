@@ -134,15 +134,20 @@ class TokenHistory:
 
 
 class Sampler:
-    """Picks the next token of each row; holds no state between steps."""
+    """Picks the next token of each row; holds no state between steps.
+
+    Attributes:
+        params: the rules.
+        bias: [V] float32 that is added to logits; None where nothing is.
+    """
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         self.params = params
         self._vocab_size = vocab_size
-        self._bias: Logits | None = None
+        self.bias: Logits | None = None
         if params.logit_bias:
-            self._bias = np.zeros(vocab_size, np.float32)
-            self._bias[list(params.logit_bias)] = list(params.logit_bias.values())
+            self.bias = np.zeros(vocab_size, np.float32)
+            self.bias[list(params.logit_bias)] = list(params.logit_bias.values())
 
     @property
     def greedy(self) -> bool:
@@ -184,10 +189,7 @@ class Sampler:
         adjusted = self.adjust(logits, history, forbidden)
         broken = np.flatnonzero(~np.isfinite(adjusted.max(axis=-1)))  # max passes NaN on
         if broken.size:
-            raise ValueError(
-                f"row {broken[0]} has no token to pick: its logits hold NaN or infinity, or every "
-                "token is forbidden; check the model's precision (compare.py) and --min-tokens"
-            )
+            raise ValueError(no_token_to_pick(int(broken[0])))
         if self.greedy:
             best: Ids = adjusted.argmax(axis=-1)
             return best
@@ -199,8 +201,8 @@ class Sampler:
     ) -> Logits:
         """Logits after bias, penalties and forbidden ids: what temperature then divides."""
         params = self.params
-        if self._bias is not None:
-            logits = logits + self._bias
+        if self.bias is not None:
+            logits = logits + self.bias
         if history.seen is not None:
             logits = apply_repetition_penalty(logits, history.seen, params.repetition_penalty)
         if history.counts is not None:
@@ -211,6 +213,14 @@ class Sampler:
             logits = logits.copy()
             logits[:, list(forbidden)] = -np.inf
         return logits
+
+
+def no_token_to_pick(row: int) -> str:
+    """What is said of a row whose logits have no largest number."""
+    return (
+        f"row {row} has no token to pick: its logits hold NaN or infinity, or every token is "
+        "forbidden; check the model's precision (compare.py) and --min-tokens"
+    )
 
 
 def make_sampler(params: SamplingParams, vocab_size: int) -> Sampler:

@@ -10,7 +10,7 @@ import resource
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -76,11 +76,13 @@ class Opened:
         backend: what runs the model.
         variant: which of its models.
         load_s: seconds that opening took, the import of the backend's packages included.
+        device: what the system tells of the GPU that it uses, JSON-ready; None without one.
     """
 
     backend: str
     variant: str
     load_s: float
+    device: Mapping[str, Any] | None = None
 
 
 class SystemProcess:
@@ -191,6 +193,16 @@ class SystemProcess:
         return SystemProcessError(f"{self.label}: its process ended with exit code {code}{hint}")
 
 
+def describe_opened(system: System, load_s: float) -> Opened:
+    """What is told of a system that is ready; one without a GPU need not know of `device`."""
+    return Opened(
+        backend=system.backend,
+        variant=system.variant,
+        load_s=load_s,
+        device=getattr(system, "device", None),
+    )
+
+
 def _serve(pipe: Connection, open_system: Opener, log_level: int) -> None:
     """What the process does: open, then answer until the pipe is closed."""
     os.dup2(2, 1)  # stdout belongs to the result, and some libraries print to it
@@ -200,7 +212,7 @@ def _serve(pipe: Connection, open_system: Opener, log_level: int) -> None:
         begin = time.perf_counter()
         system = open_system()
         load_s = time.perf_counter() - begin
-        pipe.send(Opened(backend=system.backend, variant=system.variant, load_s=load_s))
+        pipe.send(describe_opened(system, load_s))
         try:
             while True:
                 request = pipe.recv()

@@ -19,6 +19,8 @@ class TokenChooser:
 
     Attributes:
         sampler: the rules.
+        history: which tokens each row has seen, as far as the rules ask for it.
+        stop_ids: ids that no row can take before `min_tokens`, ascending.
         logits: [B, V] float32 of the last choice; rows that have ended hold anything.
     """
 
@@ -41,9 +43,9 @@ class TokenChooser:
         """
         self.sampler = sampler
         self.logits: Logits = np.zeros((len(prompts), 0), np.float32)
-        self._history = sampler.start_history(prompts, lengths)
+        self.history = sampler.start_history(prompts, lengths)
         self._indices = indices
-        self._stop_ids = tuple(sorted(stop_ids))
+        self.stop_ids = tuple(sorted(stop_ids))
         self._block: npt.NDArray[np.float32] = np.zeros((_BLOCK, len(prompts)), np.float32)
         self._block_start = -_BLOCK
 
@@ -60,14 +62,14 @@ class TokenChooser:
         """
         self.logits = logits
         early = count < self.sampler.params.min_tokens
-        forbidden = self._stop_ids if early else ()
-        tokens = self.sampler(logits, self._history, self.uniform(count), forbidden)
-        self._history.append(tokens, active)
+        forbidden = self.stop_ids if early else ()
+        tokens = self.sampler(logits, self.history, self.uniform(count), forbidden)
+        self.history.append(tokens, active)
         return tokens
 
     def choose_rows(self, logits: Logits, count: int, rows: npt.NDArray[np.int64]) -> Ids:
         """Likewise for some rows [n], by rules that look at no history; logits [n, V]."""
-        return self.sampler(logits, self._history, self.uniform(count)[rows])
+        return self.sampler(logits, self.history, self.uniform(count)[rows])
 
     def uniform(self, count: int) -> npt.NDArray[np.float32]:
         """[B] float32, the number of each row's token behind `count`; 0 where none is needed."""

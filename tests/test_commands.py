@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import export.engine_models
 import export.pipeline
 from export import build_engine
 from export.engine import EngineBuildError
@@ -222,7 +223,7 @@ def test_a_failed_engine_leaves_the_bundle_as_it_was(
         raise EngineBuildError("no tactic was found")
 
     monkeypatch.setattr(export.pipeline, "check_builder", lambda _: None)
-    monkeypatch.setattr(export.pipeline, "build_engine", fail)
+    monkeypatch.setattr(export.engine_models, "build_engine", fail)
     before = _contents(copied)
     outcome = call(build_engine.main, *_rebuild(tiny_moe, copied, "tensorrt_rtx"))
     assert outcome.status == FAILURE

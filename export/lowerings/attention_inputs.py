@@ -12,6 +12,9 @@ the same size, but other ones, and equal tokens still get equal scores. Where a 
 by scores, z is computed from the rounded values in float32 instead, as in the canonical model, and
 the norm reads the heads of queries and keys alone (TensorRT-RTX 1.7.1 dies of a segmentation fault
 where it reads all of them).
+
+A seed has no such norm, and its values are no projection: there the product makes queries and keys,
+the values are put behind them, and all are multiplied by 1 in float32, which changes no number.
 """
 
 from __future__ import annotations
@@ -66,15 +69,14 @@ class _Score:
     factor: Array
 
 
-def join_attention_inputs(editor: GraphEditor, *, scores_apart: bool = False) -> int:
-    """Rewrite every layer whose queries, keys and values are projections of one tensor.
+def join_attention_inputs(editor: GraphEditor) -> int:
+    """Rewrite every layer whose queries and keys, and but for a seed values, are made of one tensor.
 
     Args:
         editor: on the canonical model.
-        scores_apart: compute z from the values even where nothing is selected by scores.
 
     Returns:
-        How many layers were rewritten: all, but none of a seed, whose values are no projection.
+        How many layers were rewritten.
 
     Raises:
         ValueError: a layer that is not as the canonical model has it.
@@ -87,11 +89,14 @@ def join_attention_inputs(editor: GraphEditor, *, scores_apart: bool = False) ->
         layer = (node.inputs[0].name or "").removesuffix(".query")
         heads = [_heads_of(values[f"{layer}.{kind}"]) for kind in ("query", "key", "value")]
         query, key, value = heads
-        if query is None or key is None or value is None:
+        if query is None or key is None:
             continue
-        if len({id(h.product.inputs[0]) for h in (query, key, value)}) != 1:
+        if len({id(h.product.inputs[0]) for h in heads if h is not None}) != 1:
             continue
-        apart = scores_apart or node.attributes["keep_window_size"].as_int() > 0
+        if value is None:
+            layers += _rewrite_seed(editor, layer, query, key, values[f"{layer}.value"])
+            continue
+        apart = node.attributes["keep_window_size"].as_int() > 0
         score = values.get(f"{layer}.score")
         found = None if score is None else _score_of(editor, score)
         _rewrite(editor, layer, (query, key, value), found, apart=apart)
@@ -181,6 +186,38 @@ def _rewrite(
         factor = editor.initializer(f"{layer}.score_factor", score.factor.reshape(-1, 1, 1))
         # Softplus needs no threshold: what expands it is stable for large numbers.
         editor.replace(score.value, op("Exp", op("Mul", factor, op("Softplus", z))))
+
+
+def _rewrite_seed(
+    editor: GraphEditor, layer: str, query: _Heads, key: _Heads, value: ir.Value
+) -> bool:
+    """Join queries, keys and what stands behind `value`; whether it is a layer of that kind."""
+    by_head = value.producer()
+    if by_head is None or by_head.op_type != "Transpose" or value.shape is None:
+        return False
+    if query.norm is not None or key.norm is not None or key.rotation is not None:
+        return False
+    D, rotated = query.size, query.count + key.count
+    total = rotated + int(str(value.shape[1]))
+    op, op32 = FloatNodes(editor), FloatNodes(editor, stay=True)
+    weights = [editor.array(h.product.inputs[1]) for h in (query, key)]  # each [H, heads·D]
+    packed = np.ascontiguousarray(np.concatenate(weights, axis=1))
+    stored = editor.initializer(f"{layer}.attention_inputs.weight", packed)
+    y = op("Reshape", op("MatMul", query.product.inputs[0], stored), editor.ints(0, 0, rotated, D))
+    y = op("Concat", y, by_head.inputs[0], axis=2)  # [B, S, total, D]
+    ones = editor.initializer(f"{total} heads of ones", np.ones((total, D), np.float32))
+    y = op32("Mul", y, ones)
+
+    def heads(begin: int, end: int) -> ir.Value:
+        return op("Transpose", op.slice(y, begin, end, 2), perm=(0, 2, 1, 3))
+
+    turned = heads(0, query.count)
+    if query.rotation is not None:
+        turned = op("RotaryEmbedding", turned, *query.rotation.inputs[1:])
+    editor.replace(query.value, turned)
+    editor.replace(key.value, heads(query.count, rotated))
+    editor.replace(value, heads(rotated, total))
+    return True
 
 
 def _normed(

@@ -10,9 +10,10 @@ in float16 and no zero points, as TensorRT wants them:
         (`narrow_weights.round_blocks`, the same search as for the CPU)
 
 What stays as it is (docs/engine_precisions.md has the measurements): tables that are looked up,
-among them the experts' and a tied head, and what mask scores are made of. With int4 a head of its
-own and what routes tokens are int8: beside a float16 product of the same value TensorRT-RTX 1.7.1
-would widen a narrow weight in every step, to make both one product.
+among them the experts' and a tied head. With int4 a head of its own and what routes tokens are
+int8: beside a float16 product of the same value TensorRT-RTX 1.7.1 would widen a narrow weight in
+every step, to make both one product. So is the projection behind attention, whose output it copies
+for a product with blocks of 4 bits and for no other.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WEIGHT_FORMAT_BITS: dict[WeightFormat, Literal[4, 8]] = {"int8": 8, "int4": 4, "
 INT4_BLOCK_SIZE = 64
 _HEAD = "lm_head.weight"
 # Parts of names of what has at least 8 bits.
-_EIGHT_BITS = ("router_gate", "value_gate", _HEAD)
+_EIGHT_BITS = ("router_gate", "value_gate", "o_proj", _HEAD)
 # Parts of names of what stays float16. Of dt_proj there are but a few rows, and the mask follows
 # from them.
 ENGINE_KEPT = (*(part for part in KEPT if part not in _EIGHT_BITS), "dt_proj")

@@ -21,6 +21,10 @@ from plugins.registry import EXPERT_GATHER
 
 # Larger grids keep the op's function, which sorts each axis first.
 LARGEST_GRID = 4096
+# TensorRT-RTX 1.7.1 takes two kernels for the best few of more places than this, and one for the
+# best 32; then 32 are taken and the first of them used.
+_FEW_OF = 1024
+_AT_ONCE = 32
 
 
 def sum_experts(editor: GraphEditor) -> int:
@@ -53,9 +57,14 @@ def _summed(editor: GraphEditor, node: ir.Node, heads: int, n: int) -> ir.Value:
     op = FloatNodes(editor)
     grid = op("Add", op("Unsqueeze", scores_x, ints(-1)), op("Unsqueeze", scores_y, ints(-2)))
     grid = op("Reshape", grid, ints(0, heads, n * n))
-    picked, experts = editor.op_outputs("TopK", 2, grid, ints(top_k), axis=-1)  # [T, P, K]
+    taken = max(top_k, _AT_ONCE) if n * n > _FEW_OF else top_k
+    picked, experts = editor.op_outputs("TopK", 2, grid, ints(taken), axis=-1)  # [T, P, taken]
     picked.type = ir.TensorType(ir.DataType.FLOAT)
     experts.type = ir.TensorType(ir.DataType.INT64)
+    if taken > top_k:  # they are sorted
+        picked = op.slice(picked, 0, top_k, 2)
+        experts = editor.op("Slice", experts, ints(0), ints(top_k), ints(2))
+        experts.type = ir.TensorType(ir.DataType.INT64)
     experts = editor.op("Reshape", experts, ints(0, heads * top_k))
     experts.type = ir.TensorType(ir.DataType.INT64)
     down_rows, up_rows = op("Gather", down, experts), op("Gather", up, experts)  # [T, P·K, H]

@@ -63,5 +63,5 @@ def _repeat(
     weight = editor.array(projection.inputs[1]).reshape(heads, 1, size, -1)
     rows = np.concatenate([weight, *[np.zeros_like(weight)] * (times - 1)], axis=1)
     rows = np.ascontiguousarray(rows.reshape(heads * times * size, -1))
-    stored = f"{attended.name}.projection of {times} copies"
+    stored = f"{attended.name}.o_proj of {times} copies"
     projection.replace_input_with(1, editor.initializer(stored, rows))

@@ -55,8 +55,6 @@ def lower_for_tensorrt(
         model,
         half=dtype != "float32",
         plugins=plugins or aot_plugins,
-        # Narrow weights would take the rows of the scores with them, which decide much.
-        scores_apart=weights is not None,
         left_out=left_out,
     )
     if dtype != "float32":
@@ -78,7 +76,6 @@ def lower_for_fewer_kernels(
     *,
     half: bool,
     plugins: bool,
-    scores_apart: bool = False,
     left_out: frozenset[str] = frozenset(),
 ) -> None:
     """The passes that cut the compiled plan (docs/plan.md), on a float32 model.
@@ -87,13 +84,12 @@ def lower_for_fewer_kernels(
         model: the canonical model, changed in place.
         half: whether `lower_to_half` follows.
         plugins: whether plugins take the custom ops, which then stay as they are.
-        scores_apart: keep the rows that make scores out of the weights of larger products.
         left_out: names of `PASSES` that are not run, to measure the others.
     """
     editor = GraphEditor(model)
     wanted = [name for name in PASSES if name not in left_out]
     if "attention_inputs" in wanted:
-        join_attention_inputs(editor, scores_apart=scores_apart)
+        join_attention_inputs(editor)
     if "expert_sums" in wanted and not plugins:
         sum_experts(editor)
     if "query_heads" in wanted and not plugins and half:

@@ -2,7 +2,9 @@
 
 The estimate is the time of the launches and of the reading, one after the other:
 
-    entries · 1.5 µs + bytes / (1008 GB/s)
+    launches · 1.5 µs + bytes / (1008 GB/s)
+
+A launch is an entry that starts a kernel; a plugin has as many as it was said to have.
 
 Both numbers are stated, not measured here: about 1.5 µs for a small kernel inside a CUDA graph, and
 the bandwidth in NVIDIA's data sheet of the RTX 4090. No engine of this project has run yet.
@@ -16,11 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from export.estimate import RTX_4090_BYTES_PER_SECOND
-from export.plan.entries import KERNEL, CompiledPlan, PlanEntry
+from export.plan.entries import KERNEL, PLUGIN, CompiledPlan, PlanEntry
 
 LAUNCH_US = 1.5
 # Operators that look rows of a table up, by which the table is not read as a whole.
 _LOOKUPS = {"Gather", "GatherElements", "RotaryEmbedding"}
+# Tables of which a plugin of a whole layer reads rows.
+_TABLES = {"cos", "sin", "expert_down", "expert_up"}
 UNKNOWN_PART = "other"
 
 
@@ -32,8 +36,10 @@ class ProfilePlan:
         name: of the profile.
         entries: entries that start a kernel.
         entries_per_layer: entries, divided by the decoder layers; those outside layers included.
+        plugins: entries that are plugins, each of which may start several kernels.
         by_kind: entries by kind.
-        by_part: entries by `embedding`, `attention`, `feed_forward`, `head`, `tail` or `other`.
+        by_part: entries by `embedding`, `attention`, `feed_forward`, `layer` (one that is a whole
+            decoder layer), `head`, `tail`, `sampling` or `other`.
         fused_attention: entries that are a whole attention.
         waits: entries of a stream that waits for another.
         streams: how many streams are used.
@@ -44,6 +50,7 @@ class ProfilePlan:
     name: str
     entries: int
     entries_per_layer: float
+    plugins: int
     by_kind: dict[str, int]
     by_part: dict[str, int]
     fused_attention: int
@@ -85,7 +92,12 @@ class PlanSummary:
 
 
 def summarize(
-    plan: CompiledPlan, profile_names: Sequence[str], *, layers: int, cache_bytes: int
+    plan: CompiledPlan,
+    profile_names: Sequence[str],
+    *,
+    layers: int,
+    cache_bytes: int,
+    plugin_launches: int = 1,
 ) -> PlanSummary:
     """Count a plan.
 
@@ -94,6 +106,7 @@ def summarize(
         profile_names: names of the profiles.
         layers: decoder layers.
         cache_bytes: cached numbers of one sequence; the built-in attention reads every slot.
+        plugin_launches: kernels that each plugin starts in a decode step, as far as it is known.
     """
     kernels = [entry for entry in plan.entries if entry.starts_kernel]
     profiles = tuple(
@@ -102,16 +115,20 @@ def summarize(
     return PlanSummary(
         profiles=profiles,
         weights_bytes=plan.weights_bytes,
-        unknown_kinds=tuple(sorted({entry.kind for entry in kernels} - KERNEL)),
-        decode_estimate=estimate_step(profiles[0], cache_bytes),
+        unknown_kinds=tuple(sorted({entry.kind for entry in kernels} - KERNEL - PLUGIN)),
+        decode_estimate=estimate_step(profiles[0], cache_bytes, plugin_launches),
     )
 
 
-def estimate_step(profile: ProfilePlan, cache_bytes: int) -> dict[str, float]:
+def estimate_step(
+    profile: ProfilePlan, cache_bytes: int, plugin_launches: int = 1
+) -> dict[str, float]:
     """The estimate of this module's docstring, with its parts."""
-    launches = profile.entries * LAUNCH_US
+    count = profile.entries + profile.plugins * (plugin_launches - 1)
+    launches = count * LAUNCH_US
     reading = (profile.weight_bytes + cache_bytes) / RTX_4090_BYTES_PER_SECOND * 1e6
     return {
+        "launches": count,
         "launch_us": LAUNCH_US,
         "bytes_per_second": RTX_4090_BYTES_PER_SECOND,
         "weight_bytes": profile.weight_bytes,
@@ -139,6 +156,7 @@ def _profile_plan(plan: CompiledPlan, index: int, name: str, layers: int) -> Pro
         name=name,
         entries=len(kernels),
         entries_per_layer=round(len(kernels) / layers, 2),
+        plugins=sum(entry.kind in PLUGIN for entry in kernels),
         by_kind=dict(sorted(Counter(entry.kind for entry in kernels).items())),
         by_part=dict(sorted(parts.items())),
         fused_attention=sum(entry.is_fused_attention for entry in own),
@@ -153,4 +171,8 @@ def _constant_bytes(entry: PlanEntry) -> int:
     operators = {node.partition("/")[2].rpartition("_")[0] for node in entry.nodes}
     if operators & _LOOKUPS:
         return 0
-    return sum(constant.bytes or 0 for constant in entry.constants)
+    return sum(
+        constant.bytes or 0
+        for constant in entry.constants
+        if entry.kind not in PLUGIN or constant.name.rpartition(".")[2] not in _TABLES
+    )

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plugins.autograd import wants_gradient
+from plugins.autograd import runs_definition
 
 
 def keep_largest_scores(score: Tensor, visible: Tensor, keep_window_size: int) -> Tensor:
@@ -132,7 +132,7 @@ def dynamic_mask_attention(
     directly; the selection itself has no gradient.
     """
     arguments = (query, key, value, score, write_index, scale, keep_window_size)
-    if wants_gradient(query, key, value, score):
+    if runs_definition(query, key, value, score):
         return dynamic_mask_attention_definition(*arguments)
     attended: Tensor = _dynamic_mask_attention(*arguments)
     return attended

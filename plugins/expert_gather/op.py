@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plugins.autograd import wants_gradient
+from plugins.autograd import runs_definition
 
 
 def pick_experts(scores_x: Tensor, scores_y: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def expert_gather(
     Arguments and result as in `expert_gather_definition`.
     """
     arguments = (hidden, scores_x, scores_y, down, up, top_k, weight_inside, normalize)
-    if wants_gradient(hidden, scores_x, scores_y, down, up):
+    if runs_definition(hidden, scores_x, scores_y, down, up):
         return expert_gather_definition(*arguments)
     result: Tensor = _expert_gather(*arguments)
     return result

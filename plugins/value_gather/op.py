@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plugins.autograd import wants_gradient
+from plugins.autograd import runs_definition
 from plugins.value_gather.subsets import value_subsets
 
 
@@ -74,7 +74,7 @@ def value_gather(scores: Tensor, table: Tensor, *, top_k: int, subset_sums: bool
 
     Arguments and result as in `value_gather_definition`; the scores have no gradient.
     """
-    if wants_gradient(table):
+    if runs_definition(table):
         return value_gather_definition(scores, table, top_k, subset_sums)
     result: Tensor = _value_gather(scores, table, top_k, subset_sums)
     return result

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "runtime.backends.tensorrt_backend:TensorRTRTXBackend",
     "tensorrt": "runtime.backends.tensorrt_backend:TensorRTBackend",
+    "cuda": "runtime.backends.cuda_backend:CudaBackend",
     "onnxruntime": "runtime.backends.onnxruntime_backend:OnnxRuntimeBackend",
     "torch": "runtime.backends.torch_backend:TorchBackend",
 }

@@ -7,21 +7,27 @@ from a machine with such a GPU says otherwise. docs/tensorrt_runtime.md tells wh
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.backends.base import Backend, Cache, Ids, Logits
-from runtime.engines.fit import EngineFit
-from runtime.engines.lane import EngineLane, lane_needs
+from runtime.engines.ahead import ahead_bytes
+from runtime.engines.decode_graph import DecodeGraphContract, decode_graph_of
+from runtime.engines.engine_file import EngineFile
+from runtime.engines.lane import AheadRun, EngineLane, lane_needs
 from runtime.engines.lane_pool import LanePool
 from runtime.engines.loaded_engine import LoadedEngine
 from runtime.engines.plugins import plugin_problems, prepare_plugins
-from runtime.engines.runtime_cache import CacheKey, RuntimeCacheFile
+from runtime.gpu.copy_speed import copy_bytes_per_s
 from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
+from runtime.sampling_tail import EngineTailInputs, engine_tail_covers
 from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:
@@ -30,6 +36,11 @@ if TYPE_CHECKING:
     from runtime.bundle import Bundle
     from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
+    from runtime.token_chooser import TokenChooser
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_WEIGHTS = "weights of the decode graph, which --no-sampling-tail leaves out"
 
 
 @dataclass(kw_only=True)
@@ -52,51 +63,91 @@ class TensorRTCache(Cache):
 
 
 class _EngineBackend(Backend):
-    """Runs an engine of the bundle; a subclass names the product."""
+    """Runs an engine of the bundle; a subclass names the product.
+
+    Attributes:
+        host_choices: tokens that the host chose because the decode graph was not certain.
+    """
 
     product: ClassVar[Product]
 
     def __init__(
-        self, trt: Any, cuda: CudaRuntime, blob: bytes, bundle: Bundle, variant: Variant
+        self,
+        trt: Any,
+        cuda: CudaRuntime,
+        blob: bytes,
+        bundle: Bundle,
+        variant: Variant,
+        decode_blob: bytes | None = None,
     ) -> None:
-        """Load an engine whose bytes are those of the bundle.
+        """Load a variant whose engines' bytes are those of the bundle.
+
+        Args:
+            trt: the TensorRT module.
+            cuda: the GPU.
+            blob: the engine.
+            bundle: where it is from.
+            variant: which.
+            decode_blob: its decode graph, None where it has none.
 
         Raises:
             BackendUnavailableError: it cannot run here; says what to install or change.
             ValueError: it is not what the manifest says.
         """
         config, gpu = bundle.config, cuda.gpu()
+        self._cuda, self._free_before = cuda, cuda.free_bytes()
         self.variant = variant.name
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
         self.router_mode = config.router_mode if config.is_moe else None
-        fit = EngineFit(trt, self.product, bundle, variant)
-        header = fit.check_blob(blob, gpu)
-        key = CacheKey(
-            product=self.product,
-            version=str(trt.__version__),
-            gpu=gpu.file_word,
-            target=gpu.target,
-            driver="{}.{}".format(*gpu.driver),
-            engine=next(f.sha256 for f in bundle.manifest.files if f.path == variant.path),
-        )
+        self.host_choices = 0
+        self._told: set[str] = set()
+        self._width = 0
         contract = bundle.contract_of(variant)
+        file = EngineFile(trt, self.product, gpu, bundle, variant, blob)
         needs = {
-            "weights": len(blob) if header is None else header.weight_bytes,
+            "weights": file.weight_bytes,
+            **_activations(variant, "activations"),
             **lane_needs(contract, self.limits, self.vocab_size, 1),
         }
-        engine = LoadedEngine(trt, cuda, variant, contract, lambda: plugin_problems(trt))
-        self._lanes = LanePool(engine, cuda, self.limits, self.vocab_size)
+        problems = partial(plugin_problems, trt)
+        engine = LoadedEngine(trt, cuda, variant, contract, problems)
+        graph, graph_file, graph_needs = None, None, {}
+        described = decode_graph_of(variant)
+        if described is not None and decode_blob is not None:
+            self._width = int(described.details["width"])
+            decode = DecodeGraphContract(contract)
+            graph_file = EngineFile(trt, self.product, gpu, bundle, described, decode_blob)
+            graph_needs = {
+                _GRAPH_WEIGHTS: graph_file.weight_bytes,
+                **_activations(described, "activations of the decode graph"),
+                "the choice of tokens": ahead_bytes(decode, self.limits),
+            }
+            graph = LoadedEngine(trt, cuda, described, decode, problems)
+        self._lanes = LanePool(engine, cuda, self.limits, self.vocab_size, graph)
         # Also where nobody closes the backend, but for the end of the process: the driver takes
         # everything then, and half of Python is gone.
         self._close = weakref.finalize(self, self._lanes.close)
         self._close.atexit = False
         try:
-            engine.load(blob, fit, RuntimeCacheFile(bundle.path, key), needs)
+            engine.load(file.blob, file.fit, file.cache_file, {**needs, **graph_needs})
+            if graph is not None and graph_file is not None:
+                graph.load(graph_file.blob, graph_file.fit, graph_file.cache_file, graph_needs)
             self._lanes.add()  # now: what is missing shows before any prompt
         except BaseException:
             self.close()
             raise
+        self._starts_warm = engine.starts_warm
+
+    def device_facts(self) -> dict[str, Any]:
+        """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now."""
+        speed = copy_bytes_per_s(self._cuda)
+        return {
+            "gpu": str(self._cuda.gpu()),
+            "runtime_cache": {None: "none", False: "cold", True: "warm"}[self._starts_warm],
+            "memory_mb": round((self._free_before - self._cuda.free_bytes()) / 2**20, 1),
+            "copy_gb_per_s": None if speed is None else round(speed / 1e9, 3),
+        }
 
     @classmethod
     def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
@@ -109,9 +160,14 @@ class _EngineBackend(Backend):
         """
         trt = load_tensorrt(cls.product)
         cuda = CudaRuntime(load_cuda())
-        blob = bundle.executable_file(variant).read_bytes()
+        described = decode_graph_of(variant)
+        blobs = [
+            bundle.executable_file(part).read_bytes()
+            for part in (variant, described)
+            if part is not None
+        ]
         prepare_plugins(trt, bundle, variant)
-        return cls(trt, cuda, blob, bundle, variant)
+        return cls(trt, cuda, blobs[0], bundle, variant, *blobs[1:])
 
     def new_cache(self, batch_size: int, capacity: int | None = None) -> TensorRTCache:
         """Zeroed cache; its buffers always have the engine's `max_seq_len` slots.
@@ -143,9 +199,62 @@ class _EngineBackend(Backend):
     ) -> None:
         self.close()
 
+    def decode_many(
+        self,
+        input_ids: Ids,
+        cache: Cache,
+        choice: TokenChooser,
+        active: npt.NDArray[np.bool_],
+    ) -> Iterator[Ids]:
+        """As in the base class; where the decode graph can choose, steps run ahead of the host."""
+        lane = self._lane_of(cache)
+        reason = self._why_host_chooses(lane, choice)
+        if reason is None:
+            return self._choose_ahead(input_ids, cache, choice, active)
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.info("the host chooses each token, which waits for every step: %s", reason)
+        return super().decode_many(input_ids, cache, choice, active)
+
+    def _why_host_chooses(self, lane: EngineLane, choice: TokenChooser) -> str | None:
+        if not lane.runs_ahead:
+            return "this variant has no decode graph"
+        return engine_tail_covers(
+            choice.sampler.params, vocab_size=self.vocab_size, width=self._width
+        )
+
+    def _choose_ahead(
+        self,
+        input_ids: Ids,
+        cache: Cache,
+        choice: TokenChooser,
+        active: npt.NDArray[np.bool_],
+    ) -> Iterator[Ids]:
+        rules = EngineTailInputs.make(choice.sampler.params, cache.batch_size)
+        run = AheadRun(rules=rules, uniform=choice.uniform)
+        # Rows that take no part feed on whatever they have; it only has to be an id.
+        tokens = np.where(active, input_ids, 0)
+        while True:
+            self.check_decoding(tokens, cache, active, 1)
+            lane, before = self._lane_of(cache), tokens
+            tokens, certain = lane.step_ahead(run, before, cache.lengths, active, cache.capacity)
+            run.count += 1
+            uncertain = np.flatnonzero(active & ~certain)
+            if uncertain.size:
+                # The same step once more, on the engine that has logits: it writes the same slots.
+                self.host_choices += uncertain.size
+                logits = self.decode(before, cache, active)
+                tokens[uncertain] = choice.choose_rows(logits[uncertain], run.count, uncertain)
+            else:
+                cache.lengths += active
+            yield tokens
+
     def _step(
         self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None
     ) -> Logits:
+        return self._lane_of(cache).step(input_ids, write_index, logits_index, row)
+
+    def _lane_of(self, cache: Cache) -> EngineLane:
         if not isinstance(cache, TensorRTCache):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
         self._lanes.check_open()
@@ -153,7 +262,14 @@ class _EngineBackend(Backend):
             raise ValueError("this cache is closed; take another from new_cache")
         if not self._lanes.owns(cache.lane):
             raise TypeError("this cache is of another backend; take one from this one's new_cache")
-        return cache.lane.step(input_ids, write_index, logits_index, row)
+        return cache.lane
+
+
+def _activations(variant: Variant, what: str) -> dict[str, int]:
+    """What a context takes by the plan in the manifest, under this name; nothing without a plan."""
+    plan = variant.details.get("plan") or {}
+    sizes = [int(profile["activation_bytes"]) for profile in plan.get("profiles", [])]
+    return {what: max(sizes)} if sizes else {}
 
 
 class TensorRTRTXBackend(_EngineBackend):

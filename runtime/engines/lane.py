@@ -2,30 +2,33 @@
 
 Two batches run side by side on two lanes; nothing of a lane is shared. A step of one token a row is
 bound once and then repeated: its inputs are written into pinned memory, three things are put on the
-stream (copy in, engine, copy out), and the host waits once. A token that the engine chooses itself
-would be fed back by binding that output to the input's address: `_enqueue` needs no more of the
-host then.
+stream (copy in, engine, copy out), and the host waits once. Where the variant has a decode graph,
+a second context on the same cache and stream runs steps whose tokens the device chooses, ahead of
+what the host reads (`runtime/engines/ahead.py`).
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.contract import StepContract
 from runtime.backends.base import Ids, Limits, Logits
+from runtime.engines.ahead import AheadSteps, Certain, Uniform
 from runtime.engines.cache_memory import CacheMemory, PlacedCache, cache_bytes
+from runtime.engines.decode_graph import DecodeGraphContract
 from runtime.engines.loaded_engine import LoadedEngine
+from runtime.engines.repeated_step import Capturing, RepeatedStep
 from runtime.engines.token_block import PlacedTokens, TokenBlock, token_block_bytes
 from runtime.gpu.cuda_runtime import CudaRuntime
-from runtime.gpu.device_memory import CapturedGraph, DeviceBuffer, PinnedBuffer, Stream
-
-logger = logging.getLogger(__name__)
+from runtime.gpu.device_memory import DeviceBuffer, PinnedBuffer, Stream
+from runtime.sampling_tail import EngineTailInputs
 
 _FLOAT32_BYTES = 4
 
@@ -41,8 +44,7 @@ class _BoundStep:
         cache: where the cache tensors lie.
         logits: [B, M, V] pinned, None where they do not fit at once.
         logits_bytes: of the logits.
-        runs: steps so far.
-        graph: the step as a graph of ours, for products that capture none themselves.
+        repeated: what puts it on the stream.
     """
 
     key: tuple[int, int, int, int | None]
@@ -51,8 +53,27 @@ class _BoundStep:
     cache: PlacedCache
     logits: Logits | None
     logits_bytes: int
-    runs: int = 0
-    graph: CapturedGraph | None = None
+    repeated: RepeatedStep = field(init=False)
+
+
+@dataclass
+class AheadRun:
+    """One caller's run of steps ahead.
+
+    Attributes:
+        rules: how tokens are chosen.
+        uniform: gives each row's number for the token behind so many.
+        count: tokens taken so far.
+        epoch: of the lane's steps when it began.
+        positions: [B] slots of the next step that is put on the stream; of a row that goes on, its
+            length and the steps on the stream.
+    """
+
+    rules: EngineTailInputs
+    uniform: Callable[[int], Uniform]
+    count: int = 0
+    epoch: int = -1
+    positions: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class EngineLane:
@@ -63,9 +84,15 @@ class EngineLane:
     """
 
     def __init__(
-        self, engine: LoadedEngine, cuda: CudaRuntime, limits: Limits, vocab_size: int, rows: int
+        self,
+        engine: LoadedEngine[StepContract],
+        cuda: CudaRuntime,
+        limits: Limits,
+        vocab_size: int,
+        rows: int,
+        decode_graph: LoadedEngine[DecodeGraphContract] | None = None,
     ) -> None:
-        """Make the context and the buffers of a step, for any batch.
+        """Make the contexts and the buffers of a step, for any batch.
 
         Args:
             engine: what runs.
@@ -73,12 +100,13 @@ class EngineLane:
             limits: of the largest step.
             vocab_size: V.
             rows: of the batch that will begin; room for its cache is made sure of, not taken.
+            decode_graph: chooses tokens by itself; None where the variant has none.
 
         Raises:
             BackendUnavailableError: too little memory, or no context.
         """
         self.rows = 0
-        self._engine, self._cuda = engine, cuda
+        self._engine, self._decode_graph, self._cuda = engine, decode_graph, cuda
         self._limits, self._vocab_size = limits, vocab_size
         self._profiles = {name: engine.profile_index(name) for name in ("decode", "prefill")}
         self._profile: int | None = None
@@ -86,7 +114,8 @@ class EngineLane:
         self._cache: CacheMemory | None = None
         self._context: Any = None
         self._failed = False
-        self._capture = not engine.captures_graphs
+        self._capturing = Capturing(not engine.captures_graphs)
+        self._ahead: AheadSteps | None = None
         self._in_step = threading.Lock()
         # What `close` does, the last first, each whatever becomes of the others.
         self._owned = ExitStack()
@@ -114,6 +143,11 @@ class EngineLane:
         self._context = self._engine.new_context()
         own(self._drop_context)
         own(self._unbind)
+        if self._decode_graph is not None:
+            self._ahead = AheadSteps(
+                self._decode_graph, cuda, self._stream, limits, self._capturing
+            )
+            own(self._ahead.close)
         own(self._stream.wait)
 
     @property
@@ -141,6 +175,9 @@ class EngineLane:
         """Give the cache's memory back; `begin` takes it again."""
         self._stream.wait()  # the last step may still write to it
         self._unbind()
+        if self._ahead is not None:
+            self._ahead.give_up()
+            self._ahead.unbind()
         self._close_cache()
 
     def step(self, input_ids: Ids, write_index: Ids, logits_index: Ids, row: int | None) -> Logits:
@@ -151,6 +188,73 @@ class EngineLane:
                 failed, or this one does.
             ValueError: the lane is closed, or a shape that the engine was not built for.
         """
+        with self._one_at_a_time():
+            key = (*input_ids.shape, logits_index.shape[1], row)
+            self._check_shape(*key[:3])
+            self._give_up_ahead()
+            bound = self._bound
+            if bound is None or bound.key != key:
+                bound = self._bind(key)
+            ids, positions, slots, index = bound.tokens.arrays
+            ids[:] = input_ids
+            np.add(write_index[:, None], bound.offsets, out=positions)
+            slots[:] = write_index
+            index[:] = logits_index
+            self._failed = True  # unless all of the step succeeds
+            bound.repeated.put()
+            logits = self._read_logits(bound)
+            self._failed = False
+            return logits
+
+    def step_ahead(
+        self,
+        run: AheadRun,
+        tokens: Ids,
+        lengths: Ids,
+        active: npt.NDArray[np.bool_],
+        capacity: int,
+    ) -> tuple[Ids, Certain]:
+        """The tokens of the next step of a run, and whether each is certain; later ones go ahead.
+
+        What is on the stream is given up, and the run begun anew, where something else has run on
+        the lane or changed the lengths of rows that go on.
+
+        Args:
+            run: which; the caller counts the tokens it takes over in `run.count`.
+            tokens: [B] that the step takes in.
+            lengths: [B] of the cache before it; every active row has room for one token.
+            active: [B] rows that go on; the others stay where they are.
+            capacity: slots of a row.
+
+        Returns:
+            [B] int64, [B] bool.
+
+        Raises:
+            RuntimeError: as `step`.
+            ValueError: the lane is closed.
+        """
+        with self._one_at_a_time():
+            ahead, cache = self._ahead, self._cache
+            if ahead is None or cache is None:
+                raise AssertionError("a lane with a decode graph and a batch")
+            self._failed = True  # unless all of the step succeeds
+            expected = lengths[active] + ahead.in_flight
+            if run.epoch != ahead.epoch or (run.positions[active] != expected).any():
+                ahead.give_up()
+                ahead.begin(tokens, run.rules, cache.place(None))
+                run.epoch, run.positions = ahead.epoch, lengths.copy()
+            while not ahead.full and (run.positions[active] < capacity).all():
+                number = run.uniform(run.count + ahead.in_flight + 1)
+                # A row that has ended may stand behind the last slot; what it writes is not read.
+                ahead.put(np.minimum(run.positions, capacity - 1), number)
+                run.positions = run.positions + active
+            chosen, certain = ahead.take()
+            self._failed = False
+            return chosen, certain
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Of an open lane, none of whose steps has failed."""
         if not self._in_step.acquire(blocking=False):
             raise RuntimeError(
                 "two threads step one cache at once; give each session its own (new_cache): an "
@@ -164,23 +268,14 @@ class EngineLane:
                     "an earlier step on this cache has failed and its content is not known; make "
                     "another with new_cache"
                 )
-            key = (*input_ids.shape, logits_index.shape[1], row)
-            self._check_shape(*key[:3])
-            bound = self._bound
-            if bound is None or bound.key != key:
-                bound = self._bind(key)
-            ids, positions, slots, index = bound.tokens.arrays
-            ids[:] = input_ids
-            np.add(write_index[:, None], bound.offsets, out=positions)
-            slots[:] = write_index
-            index[:] = logits_index
-            self._failed = True  # unless all of the step succeeds
-            self._run(bound)
-            logits = self._read_logits(bound)
-            self._failed = False
-            return logits
+            yield
         finally:
             self._in_step.release()
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether it has a decode graph."""
+        return self._ahead is not None
 
     def close(self) -> None:
         """Release everything, after errors too; harmless when called again.
@@ -189,6 +284,10 @@ class EngineLane:
         """
         with self._in_step:
             self._owned.close()
+
+    def _give_up_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.give_up()
 
     def _drop_context(self) -> None:
         self._context = None
@@ -215,27 +314,26 @@ class EngineLane:
             raise AssertionError("a batch has begun")
         self._unbind()
         self._select_profile("decode" if length == 1 else "prefill")
-        contract = self._engine.contract
+        engine, context, contract = self._engine, self._context, self._engine.contract
         tokens = self._tokens.place(batch, length, wanted)
         for spec, shape, address in zip(
             contract.tokens, tokens.shapes, tokens.addresses, strict=True
         ):
-            self._set_input(spec.name, shape, address)
+            engine.set_input(context, spec.name, shape, address)
         cache = self._cache.place(row)
         for past, present, address in zip(
             contract.past, contract.present, cache.addresses, strict=True
         ):
             shape = tuple(batch if isinstance(size, str) else size for size in past.shape)
-            self._set_input(past.name, shape, address)
-            self._set_address(present.name, address)  # in place: one address for both
+            engine.set_input(context, past.name, shape, address)
+            engine.set_address(context, present.name, address)  # in place: one address for both
         logits_bytes = batch * wanted * self._vocab_size * _FLOAT32_BYTES
         self._reserve_logits(logits_bytes)
-        self._set_address(contract.logits.name, self._logits.address)
-        if missing := self._context.infer_shapes():
-            raise self._engine.failure(f"shapes of {', '.join(missing)} are missing")
+        engine.set_address(context, contract.logits.name, self._logits.address)
+        engine.check_shapes(context)
         fits = logits_bytes <= self._host_logits.size
         shape = (batch, wanted, self._vocab_size)
-        self._bound = _BoundStep(
+        bound = _BoundStep(
             key=key,
             tokens=tokens,
             offsets=np.arange(length),
@@ -243,12 +341,19 @@ class EngineLane:
             logits=self._host_logits.view(0, shape, np.float32) if fits else None,
             logits_bytes=logits_bytes,
         )
-        return self._bound
+        bound.repeated = RepeatedStep(
+            self._stream,
+            lambda: self._enqueue(bound),
+            self._capturing,
+            worth=key[1:] == (1, 1, None),
+        )
+        self._bound = bound
+        return bound
 
     def _unbind(self) -> None:
         bound, self._bound = self._bound, None
-        if bound is not None and bound.graph is not None:
-            bound.graph.close()
+        if bound is not None:
+            bound.repeated.close()
 
     def _select_profile(self, name: str) -> None:
         """Switch between decoding and prefill; every input shape is set again after it."""
@@ -260,37 +365,6 @@ class EngineLane:
             raise self._engine.failure(f"the {name} profile could not be selected")
         self._stream.synchronize()  # shapes are set for a profile that is in place
         self._profile = index
-
-    def _set_input(self, name: str, shape: tuple[int, ...], address: int) -> None:
-        if not self._context.set_input_shape(name, shape):
-            raise self._engine.failure(f"shape {shape} of {name} is refused")
-        self._set_address(name, address)
-
-    def _set_address(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise self._engine.failure(f"the address of {name} is refused")
-
-    def _run(self, bound: _BoundStep) -> None:
-        """Put a step on the stream, as a graph where that saves launches."""
-        bound.runs += 1
-        if bound.graph is None and self._worth_capturing(bound):
-            self._capture_step(bound)
-        if bound.graph is not None:
-            self._stream.launch(bound.graph)
-        else:
-            self._enqueue(bound)
-
-    def _worth_capturing(self, bound: _BoundStep) -> bool:
-        # The first step of a shape must run as it is: the library prepares for the shape in it,
-        # which cannot be captured.
-        return self._capture and bound.runs > 1 and bound.key[1:] == (1, 1, None)
-
-    def _capture_step(self, bound: _BoundStep) -> None:
-        try:
-            bound.graph = self._stream.capture(lambda: self._enqueue(bound))
-        except RuntimeError as error:
-            self._capture = False
-            logger.warning("decoding runs without a CUDA graph: %s", str(error))
 
     def _enqueue(self, bound: _BoundStep) -> None:
         """Copy in, run, copy out; nothing waits."""

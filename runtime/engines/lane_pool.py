@@ -1,4 +1,4 @@
-"""The lanes of one engine: each serves one batch at a time, and the next one after it.
+"""The lanes of a variant's engines: each serves one batch at a time, and the next one after it.
 
 Making a lane takes memory and time (a context holds the activations of the largest profile, and the
 first steps on it compile and capture), so a lane whose batch has ended is kept until the engine is
@@ -10,20 +10,27 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 
+from model.contract import StepContract
 from runtime.backends.base import BackendUnavailableError, Limits
+from runtime.engines.decode_graph import DecodeGraphContract
 from runtime.engines.lane import EngineLane
 from runtime.engines.loaded_engine import LoadedEngine
 from runtime.gpu.cuda_runtime import CudaRuntime
 
 
 class LanePool:
-    """Owns an engine and its lanes."""
+    """Owns a variant's engines and their lanes."""
 
     def __init__(
-        self, engine: LoadedEngine, cuda: CudaRuntime, limits: Limits, vocab_size: int
+        self,
+        engine: LoadedEngine[StepContract],
+        cuda: CudaRuntime,
+        limits: Limits,
+        vocab_size: int,
+        decode_graph: LoadedEngine[DecodeGraphContract] | None = None,
     ) -> None:
-        """Own an engine, which is loaded or will be."""
-        self._engine, self._cuda = engine, cuda
+        """Own engines, which are loaded or will be."""
+        self._engine, self._decode_graph, self._cuda = engine, decode_graph, cuda
         self._limits, self._vocab_size = limits, vocab_size
         self._all: list[EngineLane] = []
         self._idle: list[EngineLane] = []
@@ -88,10 +95,14 @@ class LanePool:
             self._idle.clear()
         # Not under the lock: a lane waits for its step, and that thread may want to give back one.
         with ExitStack() as stack:  # the last is done first, each whatever becomes of the others
-            stack.callback(self._engine.close)
+            engines: list[LoadedEngine[StepContract] | LoadedEngine[DecodeGraphContract]]
+            engines = [self._engine, *([] if self._decode_graph is None else [self._decode_graph])]
+            for engine in engines:
+                stack.callback(engine.close)
             for lane in lanes:
                 stack.callback(lane.close)
-            stack.callback(self._engine.save_runtime_cache)
+            for engine in engines:
+                stack.callback(engine.save_runtime_cache)
 
     def _begin(self, rows: int) -> EngineLane:
         lane = self._choose(rows)
@@ -113,7 +124,9 @@ class LanePool:
         return self._new(rows)
 
     def _new(self, rows: int) -> EngineLane:
-        lane = EngineLane(self._engine, self._cuda, self._limits, self._vocab_size, rows)
+        lane = EngineLane(
+            self._engine, self._cuda, self._limits, self._vocab_size, rows, self._decode_graph
+        )
         self._all.append(lane)
         return lane
 

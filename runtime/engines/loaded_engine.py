@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from model.contract import StepContract
 from runtime.backends.base import BackendUnavailableError
+from runtime.engines.decode_graph import EngineInterface
 from runtime.engines.fit import EngineFit
 from runtime.engines.log import EngineLog, make_logger
 from runtime.engines.runtime_cache import RuntimeCacheFile
 from runtime.gpu.cuda_runtime import CudaRuntime, megabytes
+from runtime.kernel_step.variant import LAYER_PLUGIN
 
 if TYPE_CHECKING:
     from runtime.manifest import Variant
@@ -28,6 +29,7 @@ _DTYPES = {
     "BF16": "bfloat16",
     "INT64": "int64",
     "INT8": "int8",
+    "BOOL": "bool",
 }
 _LESS = (
     "end other programs on the GPU, or build with a smaller --max-batch-size, --max-input-len or "
@@ -35,7 +37,10 @@ _LESS = (
 )
 
 
-class LoadedEngine:
+Interface = TypeVar("Interface", bound=EngineInterface)
+
+
+class LoadedEngine(Generic[Interface]):
     """An engine, and what all its contexts share.
 
     Attributes:
@@ -51,7 +56,7 @@ class LoadedEngine:
         trt: Any,
         cuda: CudaRuntime,
         variant: Variant,
-        contract: StepContract,
+        contract: Interface,
         problems: Callable[[], Iterable[str]],
     ) -> None:
         """Load nothing yet; `close` gives back what `load` did, after errors as well.
@@ -68,6 +73,7 @@ class LoadedEngine:
         self.log = EngineLog(problems)
         self.context_bytes = 0
         self.captures_graphs = False
+        self.starts_warm: bool | None = None  # whether kernels of an earlier start are used
         self._cuda = cuda
         self._variant = variant
         self._cache_file: RuntimeCacheFile | None = None
@@ -158,6 +164,34 @@ class LoadedEngine:
             )
         return context
 
+    def set_input(self, context: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+        """Tell a context the shape and the address of an input.
+
+        Raises:
+            RuntimeError: it refuses one.
+        """
+        if not context.set_input_shape(name, shape):
+            raise self.failure(f"shape {shape} of {name} is refused")
+        self.set_address(context, name, address)
+
+    def set_address(self, context: Any, name: str, address: int) -> None:
+        """Tell a context where a tensor lies.
+
+        Raises:
+            RuntimeError: it refuses the address.
+        """
+        if not context.set_tensor_address(name, address):
+            raise self.failure(f"the address of {name} is refused")
+
+    def check_shapes(self, context: Any) -> None:
+        """Make sure that a context knows every shape.
+
+        Raises:
+            RuntimeError: it lacks some.
+        """
+        if missing := context.infer_shapes():
+            raise self.failure(f"shapes of {', '.join(missing)} are missing")
+
     def failure(self, what: str) -> RuntimeError:
         """The error for a call of a context that failed."""
         return RuntimeError(f"engine {self._variant.path}: {what}: {self.log.reasons()}")
@@ -215,8 +249,11 @@ class LoadedEngine:
                 yield f"{name} is an {'output' if is_output else 'input'}"
             elif is_output:
                 # Only then may both have one address, and only then is the cache never copied.
+                # What a plugin writes in place TensorRT does not report; the plugin itself refuses
+                # to run where the addresses differ.
                 found = engine.get_aliased_input_tensor(name)
-                if found != aliases.get(name):
+                untold = found is None and self._variant.details.get("plugin") == LAYER_PLUGIN
+                if found != aliases.get(name) and not untold:
                     yield f"{name} shares the memory of {found}, expected {aliases.get(name)}"
 
     def _profile_problems(self) -> Iterator[str]:
@@ -258,9 +295,11 @@ class LoadedEngine:
 
     def _load_runtime_cache(self, cache_file: RuntimeCacheFile) -> None:
         self._runtime_cache = self._config.create_runtime_cache()
-        saved = cache_file.read()
-        if saved is not None and not self._runtime_cache.deserialize(saved):
-            cache_file.refused()
+        saved, self.starts_warm = cache_file.read(), False
+        if saved is not None:
+            self.starts_warm = bool(self._runtime_cache.deserialize(saved))
+            if not self.starts_warm:
+                cache_file.refused()
         if self._config.set_runtime_cache(self._runtime_cache):
             self._cache_file = cache_file
         else:

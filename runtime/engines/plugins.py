@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from plugins.launcher import LaunchError
 from plugins.plugin_host import PluginError
-from plugins.tensorrt_plugin import register_plugins, take_problems
+from plugins.tensorrt_plugin import CreatorMaker, register_plugins, take_problems
 from runtime.backends.base import BackendUnavailableError
+from runtime.kernel_step.layer_plugin import make_layer_creator
+from runtime.kernel_step.variant import LAYER_PLUGIN, layers_of_variant
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -29,7 +31,8 @@ def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
         ValueError: a kernel that the engine needs is missing, altered, or of another version of the
             project.
     """
-    if variant.details.get("plugin", "none") != "doge":
+    plugin = variant.details.get("plugin", "none")
+    if plugin not in ("doge", LAYER_PLUGIN):
         return
     library = bundle.kernel_library()
     needed = frozenset(variant.details.get("kernels", []))
@@ -37,13 +40,22 @@ def prepare_plugins(trt: Any, bundle: Bundle, variant: Variant) -> None:
         raise ValueError(
             f"engine {variant.name} needs kernels that bundle {bundle.path} lacks: "
             f"{', '.join(sorted(missing))}; build it again with: python export/build_engine.py "
-            f"--plugin {variant.details['plugin']}"
+            f"--plugin {plugin}"
         )
-    library.require(
-        spec for use in library.uses for spec in use.make_kernels().specs if spec.name in needed
-    )
+    more: list[CreatorMaker] = []
+    if plugin == LAYER_PLUGIN:
+        specs = layers_of_variant(bundle, variant).specs
+        if {spec.name for spec in specs} != needed:
+            raise ValueError(
+                f"engine {variant.name} launches other kernels than this version of the project; "
+                "build it again with: python export/build_engine.py --plugin layer"
+            )
+        more.append(make_layer_creator)
+    else:
+        specs = tuple(spec for use in library.uses for spec in use.make_kernels().specs)
+    library.require(spec for spec in specs if spec.name in needed)
     try:
-        host = register_plugins(trt)
+        host = register_plugins(trt, *more)
         if not any(needed <= names for names, _ in host.launchers):
             host.launchers.append((needed, library.open_launcher(needed)))
     except (LaunchError, PluginError) as error:

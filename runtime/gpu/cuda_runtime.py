@@ -25,7 +25,7 @@ def load_cuda() -> Any:
     """
     if importlib.util.find_spec("cuda") is None:
         raise BackendUnavailableError(
-            "cuda-python is not installed; run: pip install 'doge-tensorrt[rtx]'"
+            "cuda-python is not installed; run: pip install 'doge-tensorrt[cuda]'"
         )
     from cuda.bindings import runtime as cudart
 

@@ -127,15 +127,15 @@ class Stream:
         self._stream = cuda.call("cudaStreamCreateWithFlags", cuda.module.cudaStreamNonBlocking)
         self.handle = int(self._stream)
 
-    def upload(self, target: int, source: PinnedBuffer, size: int) -> None:
-        """Copy the first bytes of pinned memory; they must stay as they are until it is done."""
+    def upload(self, target: int, source: PinnedBuffer, size: int, offset: int = 0) -> None:
+        """Copy pinned memory from a byte on; it must stay as it is until that is done."""
         kind = self._cuda.module.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(target, source.address, size, kind)
+        self._copy(target, source.address + offset, size, kind)
 
-    def download(self, target: PinnedBuffer, source: int, size: int) -> None:
-        """Copy device memory to pinned memory; it is there after `synchronize`."""
+    def download(self, target: PinnedBuffer, source: int, size: int, offset: int = 0) -> None:
+        """Copy device memory to pinned memory from a byte on; it is there after `synchronize`."""
         kind = self._cuda.module.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(target.address, source, size, kind)
+        self._copy(target.address + offset, source, size, kind)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy within device memory."""
@@ -191,6 +191,31 @@ class Stream:
 
     def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
         self._cuda.call("cudaMemcpyAsync", target, source, size, kind, self._stream)
+
+
+class Event:
+    """A point on a stream that the host can wait for."""
+
+    def __init__(self, cuda: CudaRuntime) -> None:
+        """Make one that takes no times."""
+        self._cuda = cuda
+        self._event: Any = None
+        flags = cuda.module.cudaEventDisableTiming
+        self._event = cuda.call("cudaEventCreateWithFlags", flags)
+
+    def record(self, stream: Stream) -> None:
+        """Put it behind all that is on a stream now."""
+        self._cuda.call("cudaEventRecord", self._event, stream.handle)
+
+    def wait(self) -> None:
+        """Wait until its stream has come to it."""
+        self._cuda.call("cudaEventSynchronize", self._event)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._event is not None:
+            event, self._event = self._event, None
+            self._cuda.call("cudaEventDestroy", event)
 
 
 class CapturedGraph:

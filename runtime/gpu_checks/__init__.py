@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from runtime.gpu_checks.bandwidth import BandwidthSection
+from runtime.gpu_checks.decode_speed import DecodeSpeedSection
 from runtime.gpu_checks.engines import EnginesSection
 from runtime.gpu_checks.environment import EnvironmentSection
 from runtime.gpu_checks.kernels import KernelsSection
@@ -16,4 +17,5 @@ SECTIONS: tuple[Section, ...] = (
     BandwidthSection(),
     KernelsSection(),
     EnginesSection(),
+    DecodeSpeedSection(),
 )

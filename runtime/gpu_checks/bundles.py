@@ -9,6 +9,7 @@ from runtime.bundle import Bundle
 from runtime.gpu_checks.section import CheckedBundle
 from runtime.gpu_checks.workloads import WORKLOADS
 from runtime.kernel_library import KERNEL_MANIFEST
+from runtime.kernel_step.variant import BACKEND, kernels_of_variant
 from runtime.manifest import MANIFEST_NAME
 
 
@@ -36,6 +37,8 @@ def open_bundles(paths: Sequence[Path], folder: Path) -> tuple[CheckedBundle, ..
             library.require(use.make_kernels().specs)
             if use.op not in WORKLOADS:
                 raise ValueError(f"bundle {path} uses {use.op}, on which nothing is checked yet")
+        for variant in bundle.variants(BACKEND):
+            library.require(kernels_of_variant(bundle, variant).specs)
         bundles[name] = CheckedBundle(name=name, bundle=bundle, library=library)
     return tuple(bundles.values())
 

@@ -31,6 +31,9 @@ from runtime.options import split_backend
 _REFUSALS = (BackendUnavailableError, LaunchError, OSError, RuntimeError)
 _PROMPTS, _PROMPT_TOKENS, _STEPS = 2, 16, 16
 _WARMUP_STEPS, _TIMED_STEPS = 5, 50
+# Prompts and batches whose speed is measured, as far as the bundle's limits go.
+_LENGTHS = (16, 128, 512, 2048)
+_SPEED_REPEATS, _SPEED_STEPS = 3, 16
 
 
 def compare(bundle: Bundle, reference: Variant, candidate: Variant, seed: int) -> dict[str, Any]:
@@ -38,7 +41,8 @@ def compare(bundle: Bundle, reference: Variant, candidate: Variant, seed: int) -
 
     Returns:
         JSON-ready: `verdict`; `opened`, whether the candidate could be; `error`, what was said
-        where something failed; the comparison's `report`, `load_s` and `step_ms`.
+        where something failed; the comparison's `report`, `load_s` and `step_ms`; `speeds`; and
+        `starts`, the first tokens after opening, and after closing and opening again.
     """
     begin = time.perf_counter()
     try:
@@ -49,13 +53,84 @@ def compare(bundle: Bundle, reference: Variant, candidate: Variant, seed: int) -
         return {"verdict": "fail", "opened": False, "error": _one_line(error)}
     load_s = round(time.perf_counter() - begin, 3)
     with closing(engine):
+        starts = [_start(engine, load_s)]
         try:
             other = open_backend(reference.backend, bundle, variant=reference.name)
         except (*_REFUSALS, ValueError) as error:
             said = f"the reference cannot be opened: {_one_line(error)}"
             return {"verdict": "skipped", "opened": True, "load_s": load_s, "error": said}
         with closing(other):
-            return {"opened": True, "load_s": load_s, **_both(other, engine, bundle, seed)}
+            found = {"opened": True, "load_s": load_s, **_both(other, engine, bundle, seed)}
+    if found["verdict"] == "fail":
+        return {**found, "starts": starts}
+    begin = time.perf_counter()
+    try:
+        again = open_backend(candidate.backend, bundle, variant=candidate.name)
+    except (*_REFUSALS, ValueError) as error:
+        said = f"it opens once and not again: {_one_line(error)}"
+        return {**found, "verdict": "fail", "error": said, "starts": starts}
+    with closing(again):
+        starts.append(_start(again, round(time.perf_counter() - begin, 3)))
+        return {**found, "starts": starts, "speeds": _speeds(again, seed)}
+
+
+def _start(backend: Backend, load_s: float) -> dict[str, Any]:
+    """The first prompt and the first step, in which an engine compiles its kernels."""
+    facts = getattr(backend, "device_facts", None)
+    times = []
+    try:
+        cache = backend.new_cache(1, None)
+        begin = time.perf_counter()
+        logits = backend.prefill(np.zeros((1, 1), np.int64), np.array([1]), cache)
+        times.append(_ms_since(begin))
+        begin = time.perf_counter()
+        backend.decode(logits.argmax(-1), cache)
+        times.append(_ms_since(begin))
+    except (*_REFUSALS, ValueError):
+        pass  # what fails here fails in the comparison too, where it is told
+    return {
+        "load_s": load_s,
+        "first_prompt_ms": times[0] if times else None,
+        "first_step_ms": times[1] if len(times) > 1 else None,
+        "device": None if facts is None else facts(),
+    }
+
+
+def _speeds(backend: Backend, seed: int) -> list[dict[str, Any]]:
+    """Prompts of several lengths and the steps behind them, of one row and of all rows."""
+    limits = backend.limits
+    longest = min(limits.max_input_len, limits.max_seq_len - _SPEED_STEPS)
+    found = []
+    for batch in sorted({1, limits.max_batch_size}):
+        cache = backend.new_cache(batch, None)
+        for length in [n for n in _LENGTHS if n <= longest]:
+            prompts = np.array(random_prompts(backend.vocab_size, batch, length, seed), np.int64)
+            prefill_ms, step_ms = [], []
+            for _ in range(1 + _SPEED_REPEATS):  # kernels of a new shape are compiled in the first
+                backend.rewind(cache, np.zeros(batch, np.int64))
+                begin = time.perf_counter()
+                logits = backend.prefill(prompts, np.full(batch, length), cache)
+                prefill_ms.append(_ms_since(begin))
+                for _ in range(_SPEED_STEPS):
+                    begin = time.perf_counter()
+                    logits = backend.decode(logits.argmax(-1), cache)
+                    step_ms.append(_ms_since(begin))
+            step = median(step_ms[_SPEED_STEPS:])
+            found.append(
+                {
+                    "batch_size": batch,
+                    "prompt_tokens": length,
+                    "prefill_ms": round(median(prefill_ms[1:]), 4),
+                    "step_ms": round(step, 4),
+                    "tokens_per_s": round(1e3 * batch / step, 2),
+                }
+            )
+        del cache  # its memory serves the next batch
+    return found
+
+
+def _ms_since(begin: float) -> float:
+    return round(1e3 * (time.perf_counter() - begin), 4)
 
 
 def _both(reference: Backend, candidate: Backend, bundle: Bundle, seed: int) -> dict[str, Any]:

@@ -1,29 +1,21 @@
-"""Section: the engines of the bundles, against the reference on the CPU and against each other."""
+"""Section: what runs on the GPU, against the reference on the CPU; engines against each other."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from runtime.bundle import Bundle
-from runtime.gpu_checks.machine_paths import without_machine_paths
-from runtime.gpu_checks.section import CheckedBundle, Report, Subject, Verdict, combined
+from runtime.gpu_checks.section import CheckedBundle, Report, Subject, combined
+from runtime.gpu_checks.worker_process import run_worker
 from runtime.manifest import Variant
 
-_ENGINE_BACKENDS = ("tensorrt_rtx", "tensorrt")
+_ENGINE_BACKENDS = ("tensorrt_rtx", "tensorrt", "cuda")
 _WORKER = "runtime.gpu_checks.engine_comparison"
-# What a process said is kept from its end, where the reason stands.
-_SAID_CHARACTERS = 4000
 _NO_REFERENCE = (
     "nothing to compare with: the bundle has neither a checkpoint that PyTorch could run nor a "
     "model for ONNX Runtime"
@@ -33,9 +25,11 @@ _HOW = (
     "Both sides get the same prompts and then the reference's greedy tokens; logits must agree "
     "within the tolerances of runtime/comparison.py for the coarser precision. `step_ms`: one "
     "token of one sequence through the backend, its copies and Python included, by the host's "
-    "clock. `said`: what the process printed and the error that ended it, the machine's folders "
-    "replaced. An engine that cannot be opened is skipped; one that opens and then fails has "
-    "failed."
+    "clock. `starts`: opening, first prompt and first step, then the same after closing; the "
+    "memory that is taken, and whether saved kernels were used. `speeds`: medians of 3 prompts of "
+    "each length and of the 16 steps behind each, through the host. `said`: what the process "
+    "printed and the error that ended it, the machine's folders replaced. An engine that cannot be "
+    "opened is skipped; one that opens and then fails has failed."
 )
 
 logger = logging.getLogger(__name__)
@@ -48,7 +42,7 @@ class Comparison:
     Attributes:
         bundle: what they are of.
         reference: the one that is right.
-        candidate: the engine.
+        candidate: the engine, or steps of our kernels (`cuda`).
     """
 
     bundle: CheckedBundle
@@ -154,44 +148,20 @@ def _differ_by_plugin(one: Variant, other: Variant) -> bool:
 
 def _compare(comparison: Comparison, seed: int, seconds: float) -> dict[str, Any] | None:
     """What a process of its own finds; None where it took longer than `seconds`."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [
-            sys.executable, "-m", _WORKER, str(comparison.bundle.bundle.path),
-            _name(comparison.reference), _name(comparison.candidate),
-            "--seed", str(seed), "--output", str(result),
-        ]  # fmt: skip
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, timeout=seconds, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return None
-        found = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    printed = done.stdout.decode("utf-8", errors="replace").strip()
-    ended = _ended(done.returncode)
-    error = found.get("error")
-    said = "\n".join(text for text in (printed, error, ended) if text)
-    said = without_machine_paths(said)[-_SAID_CHARACTERS:]
+    arguments = [
+        str(comparison.bundle.bundle.path), _name(comparison.reference),
+        _name(comparison.candidate), "--seed", str(seed),
+    ]  # fmt: skip
+    result = run_worker(_WORKER, arguments, seconds)
+    if result is None:
+        return None
     return {
-        "verdict": _verdict(found, ended),
-        "said": said or None,
-        "opened": found.get("opened"),
-        "report": found.get("report"),
-        "load_s": found.get("load_s"),
-        "step_ms": found.get("step_ms"),
+        "verdict": result.verdict,
+        "said": result.said,
+        "opened": result.found.get("opened"),
+        "report": result.found.get("report"),
+        "load_s": result.found.get("load_s"),
+        "step_ms": result.found.get("step_ms"),
+        "starts": result.found.get("starts"),
+        "speeds": result.found.get("speeds"),
     }
-
-
-def _verdict(found: Mapping[str, Any], ended: str | None) -> Verdict:
-    """A process that died has failed, whatever it wrote before."""
-    verdict: Verdict = "fail" if ended else found["verdict"]
-    return verdict
-
-
-def _ended(status: int) -> str | None:
-    """How a process ended, None where it ended well."""
-    if status < 0:
-        return f"the process was ended by {signal.Signals(-status).name}"
-    return f"the process ended with status {status}" if status else None

@@ -95,7 +95,7 @@ def _time(
                 for launch in launches:
                     launcher.launch(launch, device.stream)
 
-    rounds = _rounds(device, enqueue, len(sets), rhythm)
+    rounds = rounds_to_time(device, enqueue, len(sets), rhythm)
     executions = rounds * len(sets)
     times = device.time(enqueue, warmup=rhythm.warmup, replays=rhythm.replays)
     each = sorted(1e3 * ms / executions for ms in times)
@@ -109,7 +109,9 @@ def _time(
     }
 
 
-def _rounds(device: CheckDevice, enqueue: Callable[[], None], sets: int, rhythm: Rhythm) -> int:
+def rounds_to_time(
+    device: CheckDevice, enqueue: Callable[[], None], sets: int, rhythm: Rhythm
+) -> int:
     """How often a graph goes through all sets, so that a replay is long enough to be timed."""
     (once_ms,) = device.time(enqueue, warmup=1, replays=1)
     least = math.ceil(rhythm.least / sets)

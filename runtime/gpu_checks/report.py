@@ -101,11 +101,56 @@ def _print_engines(console: Console, name: str, report: Mapping[str, Any]) -> No
     console.print(table)
 
 
+def _print_decode_speed(console: Console, name: str, report: Mapping[str, Any]) -> None:
+    cases = report.get("cases", [])
+    if not cases and not report.get("profiles"):
+        _print_section(console, name, report)
+        return
+    table = Table(title=name, title_justify="left", box=box.SIMPLE)
+    for column in ("bundle", "system"):
+        table.add_column(column, overflow="fold")
+    for column in ("batch", "behind", "token\nms", "tokens/s", "of band-\nwidth"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("times torch", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    for case in cases:
+        ratios = (f"{other} {times:.1f}x" for other, times in case.get("times_torch", {}).items())
+        said = (case.get("said") or "").splitlines()
+        table.add_row(
+            _plain(case["bundle"]),
+            _plain(case["system"]),
+            str(case["batch"]),
+            _number(case.get("prompt_tokens"), "d"),
+            _number(case.get("step_ms"), ".3f"),
+            _number(case.get("tokens_per_s"), ".0f"),
+            _number(case.get("of_bandwidth"), ".0%"),
+            _plain(said[-1] if said else ", ".join(ratios)),
+            _styled(case["verdict"]),
+        )
+    if cases:
+        console.print(table)
+    for profile in report.get("profiles", []):
+        about = f"{name}: {profile['bundle']}, {profile['system']}"
+        if "parts" not in profile:
+            text = f"{about}: {'; '.join(profile['problems'])}"
+        else:
+            parts = ", ".join(
+                f"{p['part']} {p['us']:.1f} ({p['launches']})" for p in profile["parts"]
+            )
+            text = (
+                f"{about}, slot {profile['position']}, µs (launches): {parts}; sum "
+                f"{profile['sum_us']:.1f}, step {profile['step_us']:.1f}, token "
+                f"{_number(profile['token_us'], '.1f') or 'not timed'}"
+            )
+        console.print(text, markup=False, highlight=False)
+
+
 _PRINTERS: dict[str, Callable[[Console, str, Mapping[str, Any]], None]] = {
     "environment": lambda console, name, report: None,
     "bandwidth": _print_bandwidth,
     "kernels": _print_kernels,
     "engines": _print_engines,
+    "decode_speed": _print_decode_speed,
 }
 
 

@@ -292,7 +292,7 @@ FFN = "model.layers.{i}.mlp.gate_proj.weight model.layers.{i}.mlp.up_proj.weight
 G1, G3 = "model.layers.{i}.attn.", "model.layers.{i}.feed_forward."
 NARROW = {
     "g1": [
-        f"{G1}q_proj.weight {G1}k_proj.weight {G1}value_gate.weight",
+        f"{G1}value_gate.weight layers.{{i}}.attention_inputs.weight",
         f"{G1}o_proj.weight",
         f"{G3}up_proj.weight {G3}router_gate.weight",
         f"{G3}down_proj.weight",
@@ -322,7 +322,7 @@ KEPT = {
     "g4": ["model.embed_tokens.weight"],
     "g4_untied_mha": ["model.embed_tokens.weight"],
 }
-EIGHT_BITS = ("lm_head", "router_gate", "value_gate")
+EIGHT_BITS = ("lm_head", "router_gate", "value_gate", "o_proj")
 
 
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
@@ -376,6 +376,9 @@ def test_names_and_shapes_alone_tell_the_size_of_the_narrow_weights(
         for name, shape in generation.tensor_shapes(config).items()
     }
     told = sum(narrow_bytes(shape, f) for shape, f in formats.values() if f is not None)
+    # What scores are made of stands in the product as a whole head.
+    head = narrow_bytes((config.head_dim, config.hidden_size), weights)
+    told += config.num_hidden_layers * head
     counted = 0
     for narrow in of_graph(graph).values():
         bits = 4 if narrow.stored.dtype == ml_dtypes.int4 else 8

@@ -17,6 +17,7 @@ from export.lowerings.query_heads import repeat_few_query_heads
 from export.lowerings.tensorrt import PASSES, lower_for_fewer_kernels, lower_for_tensorrt
 from model.checkpoint import load_checkpoint
 from model.contract import step_contract
+from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.cpu_threads import CpuThreads
@@ -77,6 +78,7 @@ def test_half_precision_is_no_worse_than_without_the_passes(exported, tmp_path):
 
 def canonical(folder: Path, **config: object) -> Path:
     network = load_checkpoint(write_checkpoint(folder, **config))  # type: ignore[arg-type]
+    network, _ = rewrite_for_export(network, SLOTS)
     return export_onnx(network, folder / "model.onnx", max_seq_len=SLOTS)
 
 
@@ -100,15 +102,72 @@ def test_one_product_makes_what_attention_reads(tmp_path):
         assert {f"layers.{i}.{kind}" for kind in ("query", "key", "value", "score")} <= names
 
 
-def test_rows_of_scores_stay_apart_where_keys_are_selected_or_weights_narrow(tmp_path):
-    path = canonical(tmp_path, keep_window_size=16)
-    selecting, narrow = ir.load(path), ir.load(canonical(tmp_path))
-    lower_for_fewer_kernels(selecting, half=True, plugins=False)
-    lower_for_fewer_kernels(narrow, half=True, plugins=False, scores_apart=True)
-    for model in (selecting, narrow):
-        weights = model.graph.initializers
-        assert list(weights["layers.0.attention_inputs.weight"].shape) == [64, (4 + 2 + 2) * 16]
-        assert list(weights["layers.0.dt_proj.rows"].shape) == [2, 2 * 16]
+def test_rows_of_scores_stay_apart_where_keys_are_selected(tmp_path):
+    model = ir.load(canonical(tmp_path, keep_window_size=16))
+    lower_for_fewer_kernels(model, half=True, plugins=False)
+    weights = model.graph.initializers
+    assert list(weights["layers.0.attention_inputs.weight"].shape) == [64, (4 + 2 + 2) * 16]
+    assert list(weights["layers.0.dt_proj.rows"].shape) == [2, 2 * 16]
+
+
+@pytest.mark.parametrize("narrow", [None, "int8", "int4", "fp8"])
+def test_rows_of_scores_are_a_head_of_the_product_in_every_precision(tmp_path, narrow):
+    path = lower_for_tensorrt(canonical(tmp_path), tmp_path, "float16", weights=narrow)
+    weights = ir.load(path).graph.initializers
+    name = "layers.0.attention_inputs.weight" + ("" if narrow is None else f".{narrow}")
+    assert list(weights[name].shape) == [64, (4 + 2 + 2 + 1) * 16]
+    assert not [name for name in weights if "dt_proj" in name]
+
+
+def test_what_attention_of_a_seed_reads_is_multiplied_by_ones_together(tmp_path):
+    """Queries and keys are one product; only the rotation changes a number behind it."""
+    path = canonical(tmp_path, generation="g1", untrained=True)
+    before, model = ir.load(path), ir.load(path)
+    lower_for_fewer_kernels(model, half=True, plugins=False)
+    counts = [operators(m.graph) for m in (before, model)]
+    layers = 3
+    assert counts[0]["MatMul"] - counts[1]["MatMul"] == layers
+    assert counts[1]["Concat"] - counts[0]["Concat"] == layers
+    ones = [v for name, v in model.graph.initializers.items() if name.endswith("heads of ones")]
+    assert [np.unique(v.const_value.numpy()).tolist() for v in ones] == [[1.0]]
+    names = {value.name for node in model.graph for value in node.outputs}
+    for i in range(layers):
+        assert {f"layers.{i}.{kind}" for kind in ("query", "key", "value")} <= names
+
+
+def test_few_experts_of_many_are_the_first_of_more(tmp_path, monkeypatch):
+    """TensorRT needs one kernel less for 32 of more than 1024 than for 4."""
+    path = canonical(tmp_path, **MOE)
+    taken = {}
+    for limit in (64, 63):  # a grid of 8 x 8
+        monkeypatch.setattr("export.lowerings.expert_sums._FEW_OF", limit)
+        model = ir.load(path)
+        lower_for_fewer_kernels(model, half=True, plugins=False)
+        editor = GraphEditor(model)
+        nodes = [node for node in model.graph if node.op_type == "TopK"]
+        taken[limit] = {int(editor.array(node.inputs[1])[0]) for node in nodes}
+        saved(model, tmp_path / f"{limit}.onnx")
+    assert taken[63] == {32}
+    assert max(taken[64]) < 32
+    network = load_checkpoint(tmp_path)
+    contract = step_contract(network.config, network.generation, max_seq_len=SLOTS)
+    limits = Limits(max_batch_size=2, max_input_len=SLOTS, max_seq_len=SLOTS)
+    ids = np.random.default_rng(0).integers(0, 97, (2, 20))
+    few, many = (
+        logits(
+            OnnxRuntimeBackend(
+                make_session(str(tmp_path / f"{limit}.onnx"), CpuThreads(1)),
+                contract,
+                limits=limits,
+                variant="fp32",
+                vocab_size=97,
+                router_mode=network.config.router_mode,
+            ),
+            ids,
+        )
+        for limit in (64, 63)
+    )
+    np.testing.assert_array_equal(few, many)
 
 
 @pytest.mark.parametrize(("heads", "times"), [(1, 4), (2, 2), (3, 2), (4, 1), (8, 1)])

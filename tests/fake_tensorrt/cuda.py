@@ -79,6 +79,17 @@ class FakeStream:
     handle: int
     pending: list[Work] = field(default_factory=list)
     captured: list[Work] | None = None
+    done: int = 0  # how much was on it and is no more
+
+    def __int__(self) -> int:
+        return self.handle
+
+
+@dataclass
+class FakeEvent:
+    handle: int
+    stream: int = 0
+    number: int = 0
 
     def __int__(self) -> int:
         return self.handle
@@ -108,6 +119,7 @@ class FakeCuda(ModuleType):
     cudaStreamCaptureMode = CaptureMode
     cudaHostAllocDefault = 0
     cudaStreamNonBlocking = 1
+    cudaEventDisableTiming = 2
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -125,6 +137,7 @@ class FakeCuda(ModuleType):
         self._sorted: list[int] = []
         self.streams: dict[int, FakeStream] = {}
         self._graphs: dict[int, FakeGraph] = {}
+        self._events: dict[int, FakeEvent] = {}
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -247,12 +260,17 @@ class FakeCuda(ModuleType):
         found = self.stream(stream)
         if found.captured is not None:
             return (Status.cudaErrorStreamCaptureUnsupported,)
-        while found.pending:
-            work = found.pending[0]
+        self._run(found, len(found.pending))
+        return (Status.cudaSuccess,)
+
+    def _run(self, stream: FakeStream, count: int) -> None:
+        """Do the first things that are on a stream."""
+        for _ in range(count):
+            work = stream.pending[0]
             work.check()
             work.run()
-            found.pending.pop(0)
-        return (Status.cudaSuccess,)
+            stream.pending.pop(0)
+            stream.done += 1
 
     def stream(self, handle: Any) -> FakeStream:
         """The live stream of a handle, which is not the default one."""
@@ -323,6 +341,38 @@ class FakeCuda(ModuleType):
 
         self.put(stream, Work("filling", run, [memory]))
         return (Status.cudaSuccess,)
+
+    # Events.
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Status, FakeEvent]:
+        assert flags == self.cudaEventDisableTiming
+        event = FakeEvent(self.ledger.born("event"))
+        self._events[event.handle] = event
+        return Status.cudaSuccess, event
+
+    def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Status]:
+        found, on = self._event(event), self.stream(stream)
+        if on.captured is not None:
+            raise self.ledger.misuse("an event of the host was recorded into a graph")
+        found.stream = on.handle
+        found.number = on.done + len(on.pending)
+        return (Status.cudaSuccess,)
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[Status]:
+        found = self._event(event)
+        on = self.streams.get(found.stream)
+        if on is not None:
+            self._run(on, found.number - on.done)
+        return (Status.cudaSuccess,)
+
+    def cudaEventDestroy(self, event: Any) -> tuple[Status]:
+        self.ledger.died(self._events.pop(self._event(event).handle).handle)
+        return (Status.cudaSuccess,)
+
+    def _event(self, handle: Any) -> FakeEvent:
+        if int(handle) not in self._events:
+            raise self.ledger.misuse(f"event {int(handle)} was destroyed or never made")
+        return self._events[int(handle)]
 
     # Graphs.
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.decode_graph import write_decode_graph
 from export.profiles import step_profiles
-from model.contract import StepContract
 from runtime.bundle import Bundle
+from runtime.engines.decode_graph import DecodeGraphContract, EngineInterface
 from runtime.engines.header import MAGIC, EngineHeader, pack_engine_header
 from runtime.manifest import MANIFEST_NAME, BundleFile, Variant
 
@@ -28,7 +29,7 @@ ACTIVATION_BYTES = 1_000_000
 
 def engine_blob(
     onnx: Path,
-    contract: StepContract,
+    contract: EngineInterface,
     profiles: list[dict[str, Any]],
     *,
     version: str = VERSION,
@@ -66,6 +67,8 @@ def add_fake_engine(
     variant: str = "canonical",
     lowered: Path | None = None,
     details: Mapping[str, Any] | None = None,
+    decode_width: int | None = None,
+    decode_changes: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Bundle:
     """A copy of a bundle with an engine that runs its model `variant` of ONNX Runtime.
@@ -77,6 +80,8 @@ def add_fake_engine(
         variant: the model behind it.
         lowered: a model that `lower_for_tensorrt` wrote, instead.
         details: replace parts of what the manifest says of the engine.
+        decode_width: candidates of the engine's decode graph; None for none.
+        decode_changes: of the decode graph itself, as `changes`.
         **changes: of the engine itself, as `engine_blob`; it stays what the manifest lists.
     """
     shutil.copytree(source, folder, copy_function=os.link)
@@ -103,17 +108,30 @@ def add_fake_engine(
         "plugin": "none",
         **(details or {}),
     }
-    added = dataclasses.replace(added, details=said)
     changes.setdefault("standard", backend == "tensorrt")
     onnx = folder / model.path if lowered is None else lowered
-    blob = engine_blob(onnx, contract, changes.pop("profiles", profiles), **changes)
+    blobs = {path: engine_blob(onnx, contract, changes.pop("profiles", profiles), **changes)}
+    if decode_width is not None:
+        graph, decode_path = (
+            DecodeGraphContract(contract),
+            path.replace(".engine", ".decode.engine"),
+        )
+        own = [step_profiles(bundle.limits)[0].as_dict(graph)]
+        said["decode_graph"] = {"path": decode_path, "width": decode_width, "profiles": own}
+        decode_onnx = write_decode_graph(onnx, decode_width)
+        blobs[decode_path] = engine_blob(
+            decode_onnx, graph, own, **(changes | dict(decode_changes or {}))
+        )
+    added = dataclasses.replace(added, details=said)
     (folder / path).parent.mkdir(exist_ok=True)
-    (folder / path).write_bytes(blob)
-    digest = hashlib.sha256(blob).hexdigest()
-    file = BundleFile(path=path, bytes=len(blob), sha256=digest, role="engine")
+    files = []
+    for name, blob in blobs.items():
+        (folder / name).write_bytes(blob)
+        digest = hashlib.sha256(blob).hexdigest()
+        files.append(BundleFile(path=name, bytes=len(blob), sha256=digest, role="engine"))
     manifest = dataclasses.replace(
         bundle.manifest,
-        files=(*bundle.manifest.files, file),
+        files=(*bundle.manifest.files, *files),
         variants=(added, *bundle.manifest.variants),
     )
     (folder / MANIFEST_NAME).unlink()  # a link to the source's

@@ -17,6 +17,7 @@ class DataType(enum.Enum):
     FLOAT = "float32"
     HALF = "float16"
     INT64 = "int64"
+    BOOL = "bool"
 
 
 class TensorIOMode(enum.Enum):

@@ -166,6 +166,8 @@ class _Engine(_Handle):
         self.specs = {spec["name"]: spec for spec in (*said["inputs"], *said["outputs"])}
         self.inputs = [spec["name"] for spec in said["inputs"]]
         self.aliases: dict[str, str] = said["aliases"]
+        # Those that plugins asked for, of which the library says nothing.
+        self.plugin_aliases: dict[str, str] = said.get("plugin_aliases", {})
         self.profiles = said["profiles"]
         self.device_memory_size_v2 = said["activation_bytes"]
         self.num_io_tensors = len(self.specs)
@@ -256,7 +258,8 @@ class _Context(_Handle):
         # Not the engine itself: the context must not be what keeps it alive.
         self.bytes = engine.device_memory_size_v2
         self.logger, self.onnx, self.specs = engine.logger, engine.onnx, engine.specs
-        self.inputs, self.aliases, self.profiles = engine.inputs, engine.aliases, engine.profiles
+        self.inputs, self.profiles = engine.inputs, engine.profiles
+        self.aliases = engine.aliases | engine.plugin_aliases
         self.entries = [] if config.cache is None else config.cache.entries
         self.cuda = engine.trt.cuda
         self.profile = 0
@@ -339,6 +342,7 @@ class _Context(_Handle):
         for present, past in self.aliases.items():
             if self.addresses[present] != self.addresses[past]:
                 raise self.cuda.ledger.misuse(f"{present} and {past} must have one address")
+        self._check_apart()
         self._compile()
         self.prepared = dict(self.shapes)
         shapes = self.shapes | self._output_shapes()
@@ -352,6 +356,16 @@ class _Context(_Handle):
         run = partial(_run, self.cuda, self.onnx, inputs, outputs)
         self.cuda.put(stream, Work("an engine", run, memory, context=self.handle))
         return True
+
+    def _check_apart(self) -> None:
+        """Outputs share memory with inputs only where the engine says so."""
+        inputs = {self.addresses[name]: name for name in self.inputs}
+        for name in self.specs.keys() - set(self.inputs) - self.aliases.keys():
+            if self.addresses[name] in inputs:
+                raise self.cuda.ledger.misuse(
+                    f"{name} has the address of {inputs[self.addresses[name]]}, which the engine "
+                    "does not allow"
+                )
 
     def _compile(self) -> None:
         """Kernels are compiled for each new shape, unless the runtime cache has them."""

@@ -50,6 +50,19 @@ def engine(engine_bundle: Bundle, gpu: FakeGpu) -> Iterator[Backend]:
 
 
 @pytest.fixture
+def ahead_bundle(engine_source: Path, tmp_path: Path) -> Bundle:
+    """Whose engine has a decode graph."""
+    return add_fake_engine(engine_source, tmp_path / "ahead", decode_width=64)
+
+
+@pytest.fixture
+def ahead(ahead_bundle: Bundle, gpu: FakeGpu) -> Iterator[Backend]:
+    """On an engine with a decode graph."""
+    with closing(open_backend("tensorrt_rtx", ahead_bundle)) as opened:
+        yield opened
+
+
+@pytest.fixture
 def reference(engine_bundle: Bundle) -> Iterator[Backend]:
     with closing(open_backend("onnxruntime", engine_bundle)) as opened:
         yield opened

@@ -10,6 +10,7 @@ from export import build_engine
 from runtime.benchmark import main
 from runtime.command import FAILURE, SUCCESS, USAGE
 from runtime.cpu_threads import usable_cpus
+from runtime.system_process import describe_opened
 from tests.fake_bundle import write_fake_bundle
 
 FIELDS = {
@@ -162,3 +163,65 @@ def test_model_that_does_not_load_is_an_error_that_names_the_system(fake_bundle,
         capsys, fake_bundle, "--backend", "onnxruntime", "--output-len", 4, *QUICK, status=FAILURE
     )
     assert f"{fake_bundle} onnxruntime, prompt of 16: onnxruntime cannot load" in message
+
+
+class HereInstead:
+    """Stands for a process: the fake GPU is known in this one alone."""
+
+    def __init__(self, label, open_system):
+        self.system = open_system()
+        self.opened = describe_opened(self.system, 0.5)
+        self.run = self.system.run
+
+    def peak_rss_mb(self):
+        return 100.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.system.close()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr("runtime.benchmarking.SystemProcess", HereInstead)
+    monkeypatch.setattr("runtime.benchmarking.PAUSE_S", 0.0)
+    monkeypatch.setattr("runtime.gpu.copy_speed.copy_bytes_per_s.__defaults__", (1 << 20,))
+
+
+def test_an_engine_is_measured_beside_the_cpu_with_its_gpus_memory(
+    engine_bundle, gpu, here, capsys
+):
+    names = "tensorrt_rtx,onnxruntime:canonical"
+    flags = ("--backend", names, "--input-len", "5,70", "--output-len", 4, "--batch-size", 2)
+    starts = []
+    for _ in range(2):
+        status, printed = call(capsys, engine_bundle.path, *flags, *QUICK, "--json")
+        assert status == SUCCESS, printed.err
+        results = json.loads(printed.out)["results"]
+        engines, others = results[::2], results[1::2]
+        assert [set(result) for result in others] == [FIELDS, FIELDS]
+        for result in engines:
+            assert set(result) == FIELDS | {"device"}
+            assert (result["backend"], result["peak_rss_mb"]) == ("tensorrt_rtx", 100.0)
+            assert result["itl_ms"]["p50"] <= result["itl_ms"]["p95"] <= result["itl_ms"]["p99"]
+            device = result["device"]
+            assert "sm89" in device["gpu"]
+            # Weights 2 MB, activations 1 MB, and two sequences of 420 slots.
+            contract = engine_bundle.contract_of(engine_bundle.variant("tensorrt_rtx"))
+            cache_mb = 2 * 420 * contract.bytes_per_token() / 2**20
+            assert cache_mb < device["memory_mb"] - 3e6 / 2**20 < cache_mb + 2
+            # The floor follows the GPU's speed, not the CPU's.
+            assert result["roofline_fraction"] > 0
+        starts.append([result["device"]["runtime_cache"] for result in engines])
+    assert starts == [["cold", "cold"], ["warm", "warm"]]
+
+
+def test_the_table_names_the_gpu_and_its_memory(engine_bundle, gpu, here, capsys):
+    flags = ("--backend", "tensorrt_rtx", "--output-len", 3)
+    status, printed = call(capsys, engine_bundle.path, *flags, *QUICK)
+    assert status == SUCCESS, printed.err
+    (line,) = (line for line in printed.out.splitlines() if "runtime cache" in line)
+    assert line.startswith("tensorrt_rtx:fp32-sm89, prompt of 16: ")
+    assert line.endswith("GB/s, runtime cache cold")

@@ -179,6 +179,24 @@ def _apart(m: Machine) -> None:
     m.run()
 
 
+def _output_over_an_input(m: Machine) -> None:
+    assert m.context.set_tensor_address("logits", m.addresses["input_ids"])
+    m.run()
+
+
+def _event_of_a_destroyed_one(m: Machine) -> None:
+    event = m.cuda.cudaEventCreateWithFlags(2)[1]
+    m.cuda.cudaEventDestroy(event)
+    m.cuda.cudaEventRecord(event, m.stream)
+
+
+def _event_in_a_graph(m: Machine) -> None:
+    m.wait()
+    event = m.cuda.cudaEventCreateWithFlags(2)[1]
+    m.cuda.cudaStreamBeginCapture(m.stream, CaptureMode(1))
+    m.cuda.cudaEventRecord(event, m.stream)
+
+
 def _past_the_end(m: Machine) -> None:
     slots = m.cuda.find("device memory", m.addresses["write_index"], 8, "a test")
     m.wait()
@@ -229,6 +247,30 @@ def _graph_of_a_released_context(m: Machine) -> None:
     m.cuda.cudaGraphLaunch(graph, m.stream)
 
 
+def test_two_contexts_on_one_stream_share_a_cache_and_an_event_waits_for_its_part_alone(
+    machine: Machine,
+) -> None:
+    cuda = machine.cuda
+    machine.prepare()
+    second = machine.engine.create_execution_context(machine.config)
+    assert machine.run()
+    event = cuda.cudaEventCreateWithFlags(2)[1]
+    cuda.cudaEventRecord(event, machine.stream)
+    assert second.set_optimization_profile_async(0, int(machine.stream))
+    host = cuda.cudaHostAlloc(8, 0)[1]
+    cuda.cudaMemcpyAsync(host, machine.addresses["logits"], 8, DOWN, machine.stream)
+    cuda.cudaEventSynchronize(event)
+    seen = cuda.find("pinned memory", host, 8, "a test").part(host, 8)
+    assert (seen == PATTERN).all(), "the copy came behind the event"
+    machine.wait()
+    assert np.isfinite(seen.view(np.float32)).all()
+    machine.context, second = second, None
+    machine.prepare()
+    assert machine.run()
+    machine.wait()
+    assert cuda.ledger.violations == []
+
+
 # What it does not notice: the outcome is undefined, so the stand-in raises.
 UNDEFINED: dict[str, tuple[Callable[[Machine], object], str]] = {
     "the default stream": (lambda m: m.context.execute_async_v3(0), "default stream"),
@@ -239,6 +281,12 @@ UNDEFINED: dict[str, tuple[Callable[[Machine], object], str]] = {
     "memory freed in use": (_free_in_use, "freed that work on a stream still uses"),
     "an address of freed memory": (_freed, "is in no live device memory"),
     "a buffer that is too small": (_small, "pass the end of the device memory"),
+    "an output at an input's address": (
+        _output_over_an_input,
+        "logits has the address of input_ids, which the engine does not allow",
+    ),
+    "an event that was destroyed": (_event_of_a_destroyed_one, "was destroyed or never made"),
+    "an event of the host in a graph": (_event_in_a_graph, "recorded into a graph"),
     "past and present apart": (_apart, "must have one address"),
     "a write past the cache": (_past_the_end, "pass the end of a cache of 420"),
     "a shape before the switch is done": (_early_shape, "before the switch of profiles"),

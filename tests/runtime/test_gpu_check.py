@@ -26,6 +26,7 @@ from runtime.kernel_library import (
 )
 from tests.fake_bundle import fake_manifest, write_fake_bundle
 from tests.gpu_check_subject import value_use
+from tests.speed_bundle import speed_bundle
 
 USE = value_use()
 # A token alone and a prompt of two.
@@ -120,6 +121,12 @@ def test_without_a_gpu_it_says_so_and_what_it_would_do(call, tmp_path, no_driver
     assert not (tmp_path / "evidence").exists()
 
 
+def test_the_plan_has_the_sections_that_are_asked_for(call, tmp_path, no_driver):
+    _, out, _ = call(write_bundle(tmp_path / "b"), "--sections", "decode_speed")
+    assert "time no decoding: no bundle has a model for backend cuda" in out
+    assert "measure bandwidth" not in out
+
+
 def test_without_a_gpu_json_is_an_error(call, tmp_path, no_driver):
     status, out, err = call(write_bundle(tmp_path / "b"), "--json")
     assert status == FAILURE
@@ -184,6 +191,15 @@ def test_kernels_of_another_version_of_the_project(call, tmp_path):
     assert "was made by another version of the project" in err
 
 
+def test_steps_whose_kernels_are_not_there(call, tmp_path, monkeypatch):
+    checked, packed = speed_bundle(tmp_path)
+    monkeypatch.setattr(Bundle, "kernel_library", lambda bundle: checked.library)
+    status, _, err = call(checked.bundle.path)
+    assert status == FAILURE
+    assert "do not serve this model" in err
+    assert f"{packed.kernels.specs[0].name} is missing" in err
+
+
 def test_a_bundle_that_is_given_twice(call, tmp_path):
     folder = write_bundle(tmp_path / "b")
     status, _, err = call(folder, folder)
@@ -197,6 +213,7 @@ def test_a_bundle_that_is_given_twice(call, tmp_path):
         (("--time-limit", "0"), "--time-limit must be positive"),
         (("--time-limit", "nan"), "--time-limit must be positive"),
         (("--seed", "-1"), "--seed must be at least 0"),
+        (("--sections", "kernels,speed"), "there is no 'speed'; there are environment, bandwidth"),
     ],
 )
 def test_wrong_usage(call, arguments, message):
@@ -271,6 +288,19 @@ def test_a_fault_of_the_gpu_is_evidence_too(check, tmp_path):
     assert kernels["left_out"] == [
         "b, ValueGather float16, prompt of 2: not compared, the GPU no longer answers"
     ]
+
+
+def test_sections_that_are_asked_for_run_alone_and_need_no_torch(check, tmp_path):
+    done, evidence = check(
+        write_bundle(tmp_path / "b"), "--sections", "decode_speed,bandwidth", "--seed", 5,
+        without_torch=True,
+    )  # fmt: skip
+    assert done.returncode == NEGATIVE, done.stderr
+    assert list(evidence.sections) == ["bandwidth", "decode_speed"]
+    assert evidence.sections["decode_speed"]["verdict"] == evidence.verdict == "skipped"
+    assert evidence.command == (
+        "python runtime/gpu_check.py b --sections decode_speed,bandwidth --seed 5"
+    )
 
 
 def test_what_no_time_is_left_for_is_not_passed(check, tmp_path):

@@ -116,6 +116,21 @@ def test_plan_and_estimate_of_an_engine_are_shown(copy):
     assert "61 us a token on an RTX 4090, not measured: 54 us of launches at 1.5 us each" in text
 
 
+def test_a_decode_graph_is_shown_behind_its_engine(copy):
+    report = bundle_report(Bundle.open(copy))
+    variant = report["variants"][0]
+    assert variant["decode_graph"] is None
+    graph = {"path": "engines/x.decode.engine", "width": 512, "plan": PLAN}
+    variant["details"] = {"plugin": "none", "plan": PLAN, "decode_graph": graph}
+    variant["decode_graph"] = {"path": graph["path"], "bytes": 3 << 20}
+    text = "\n".join(printed_report(report))
+    assert (
+        "decode     chooses tokens among 512 candidates, without logits: 3.0 MiB in "
+        "engines/x.decode.engine\n  plan       decode: 36 kernels"
+    ) in text
+    assert text.count("36 kernels") == 2
+
+
 def test_whole_bundle_is_verified(moe_bundle, capsys):
     assert main([str(moe_bundle.path), "--verify", "--json"]) == 0
     verify = json.loads(capsys.readouterr().out)["verify"]

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from runtime.sampling import SamplingParams
-from runtime.sampling_tail import TailInputs, tail_covers
+from runtime.sampling_tail import (
+    ALL_RANKS,
+    EngineTailInputs,
+    TailInputs,
+    engine_tail_covers,
+    tail_covers,
+)
 
 
 def reason(**values):
@@ -59,3 +65,38 @@ def test_feeds_are_the_arrays_that_the_caller_writes():
     inputs.uniform[:] = [0.25, 0.5]
     assert feeds["uniform"].tolist() == [0.25, 0.5]
     assert feeds["top_k"].tolist() == [np.iinfo(np.int64).max] * 2
+
+
+def test_an_engine_covers_what_has_bounds_and_asks_for_no_logits():
+    def engine_reason(**values):
+        return engine_tail_covers(SamplingParams(**values), vocab_size=1000, width=64)
+
+    assert engine_reason(top_k=64, top_p=0.9, min_p=0.1, temperature=0.3, seed=7) is None
+    assert engine_reason(temperature=0, top_k=500) is None
+    assert engine_reason(logprobs=0) == ("log-probabilities are of logits, which stay in the graph")
+    assert engine_reason(temperature=1e-4) == "temperature 0.0001 is outside 0.001 to 1000"
+    assert engine_reason(temperature=2000) == "temperature 2000 is outside 0.001 to 1000"
+    assert engine_reason(min_p=1e-31) == "min_p 1e-31 is below 1e-30"
+    assert engine_reason(top_k=65) == "top_k 65 exceeds the 64 candidates of the graph"
+    assert engine_reason(repetition_penalty=1.1) == "the graph does not know repetition_penalty"
+
+
+def test_an_engines_inputs_are_numbers_of_each_row():
+    params = SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
+    feeds = EngineTailInputs.make(params, 3).feeds()
+    assert {name: array.tolist() for name, array in feeds.items()} == {
+        "temperature": [np.float32(0.7)] * 3,
+        "quotient_rounding": [2.0**-21] * 3,
+        "top_k": [5.0] * 3,
+        "top_p": [np.float32(0.9)] * 3,
+        "min_p": [np.float32(0.1)] * 3,
+        "uniform": [0.0] * 3,
+    }
+    assert {array.dtype for array in feeds.values()} == {np.dtype(np.float32)}
+
+
+def test_an_engine_is_told_what_keeps_all_and_when_division_is_exact():
+    every = EngineTailInputs.make(SamplingParams(temperature=0.5), 1)
+    assert (every.top_k, every.top_p, every.quotient_rounding) == (ALL_RANKS, 2, 0)
+    greedy = EngineTailInputs.make(SamplingParams(temperature=0, top_k=9, top_p=0.5, min_p=0.5), 1)
+    assert (greedy.temperature, greedy.top_k, greedy.top_p, greedy.min_p) == (1, 1, 2, 0)

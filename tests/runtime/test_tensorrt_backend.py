@@ -6,6 +6,7 @@ Each test of engines ends with a look at the stand-in: no rule broken, nothing l
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,33 @@ def test_300_tokens_of_three_rows_beyond_the_keep_window_equal_those_of_onnxrunt
     with closing(open_backend(product, bundle)) as backend:
         assert generate(backend, rows, params) == expected
     assert [len(tokens) for tokens in expected] == [300] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SAMPLED,
+        dataclasses.replace(SAMPLED, top_k=0, top_p=0.9, seed=5),
+        dataclasses.replace(SAMPLED, temperature=1.3, top_k=20, min_p=0.05, seed=6),
+        dataclasses.replace(SAMPLED, temperature=1.0, top_k=0, max_tokens=120, seed=7),
+    ],
+    ids=["greedy", "top_k", "top_p", "min_p", "everything"],
+)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_300_tokens_that_the_decode_graph_chooses_equal_those_of_onnxruntime(
+    engine_source: Path, tmp_path: Path, gpu: FakeGpu, product: str, params: SamplingParams
+) -> None:
+    bundle = add_fake_engine(engine_source, tmp_path / "bundle", backend=product, decode_width=64)
+    rows = prompts(5, 100, 33)
+    with closing(open_backend("onnxruntime", bundle)) as reference:
+        expected = generate(reference, rows, params)
+    with closing(open_backend(product, bundle)) as backend:
+        assert generate(backend, rows, params) == expected
+        taken = sum(len(tokens) for tokens in expected)
+        assert backend.host_choices < 0.3 * taken  # type: ignore[attr-defined]
+        assert gpu.cuda.calls["cudaEventSynchronize"] >= params.max_tokens - 1
 
 
 def test_logits_agree_across_passes_profiles_rewinds_and_rows_of_different_lengths(
@@ -136,6 +164,16 @@ def test_the_gpu_check_compares_an_engine_with_the_reference(
     found = compare(engine_bundle, reference, engine, seed=3)
     assert found["opened"]
     assert found["verdict"] == "pass", found
+    cold, warm = found["starts"]
+    assert [s["device"]["runtime_cache"] for s in (cold, warm)] == ["cold", "warm"]
+    assert all(s[key] > 0 for s in (cold, warm) for key in ("load_s", "first_step_ms"))
+    sizes = [(speed["batch_size"], speed["prompt_tokens"]) for speed in found["speeds"]]
+    assert sizes == [(1, 16), (3, 16)]  # prompts of up to 64 tokens
+    for speed in found["speeds"]:
+        expected = 1e3 * speed["batch_size"] / speed["step_ms"]
+        assert speed["tokens_per_s"] == pytest.approx(expected, rel=0.01)
+        assert speed["prefill_ms"] > 0
+    json.dumps(found, allow_nan=False)
     gpu.cuda.capability = (12, 0)
     found = compare(engine_bundle, reference, engine, seed=3)
     assert found["verdict"] == "skipped"

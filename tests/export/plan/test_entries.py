@@ -14,11 +14,13 @@ from export.plan.entries import CompiledPlan, PlanError, read_plan
 from export.plan.summary import LAUNCH_US, part_of, summarize
 
 LOG = Path(__file__).parents[2] / "data" / "plan" / "builder.log"
+# Of one build of a seed of one layer, which is a plugin; of its stored tensors there are three.
+LAYER_LOG = LOG.with_name("layer_plugins.log")
 
 
-def messages(old: str = "", new: str = "") -> list[str]:
+def messages(old: str = "", new: str = "", log: Path = LOG) -> list[str]:
     """The recorded messages, one text in them replaced."""
-    text = LOG.read_text(encoding="utf-8")
+    text = log.read_text(encoding="utf-8")
     assert old in text
     text = text.replace(old, new) if old else text
     sizes, _, section = text.partition("Layers:\n")
@@ -129,3 +131,50 @@ def test_missing_or_second_section_is_an_error():
 def test_profile_without_entries_is_an_error():
     with pytest.raises(PlanError, match="no entries for profile 2 of 3"):
         read_plan(messages(), 3)
+
+
+def test_plan_that_is_cut_at_plugins_has_its_pieces_in_their_profiles():
+    plan = read_plan(messages(log=LAYER_LOG), 2)
+    kinds = ["shape_call", "kgen", "kgen", *["Constant"] * 3, "PluginV3", "shape_call"]
+    kinds += ["kgen", "gemm", "kgen"]
+    found = [(entry.kind, entry.profile) for entry in plan.entries]
+    assert found == [("NoOp", 0), *((kind, 0) for kind in kinds), *((kind, 1) for kind in kinds)]
+    # Numbers of pieces go far beyond those of profiles, and not every entry names its profile.
+    assert "[profile" not in plan.entries[12].name + plan.entries[-1].inputs[0].name
+    assert {entry.name.rpartition("_myl")[2] for entry in plan.entries} >= {"0_0", "16_3", "33_3"}
+
+
+def test_plugin_has_its_node_and_its_stored_tensors_by_their_names():
+    plan = read_plan(messages(log=LAYER_LOG), 2)
+    for plugin in (entry for entry in plan.entries if entry.kind == "PluginV3"):
+        assert part_of(plugin) == "layers.0.layer"
+        stored = {tensor.name: tensor for tensor in plugin.constants}
+        assert set(stored) == {"cos", "layers.0.down.weights", "layers.0.expert_up"}
+        assert stored["layers.0.down.weights"].shape == (64, 96)
+        assert stored["layers.0.down.weights"].dtype == "Half"
+        names = [tensor.name.removesuffix(" [profile 1]") for tensor in plugin.inputs]
+        assert names[:3] == ["embedding/Cast_1", "write_index", "embedding/Gather_2"]
+        assert plugin.outputs[0].shape[2] == 64
+        assert plugin.stream == 0
+
+
+def test_summary_counts_a_plugin_as_the_kernels_that_it_starts():
+    plan = read_plan(messages(log=LAYER_LOG), 2)
+    summary = summarize(plan, ["decode", "prefill"], layers=1, cache_bytes=0, plugin_launches=6)
+    for profile in summary.profiles:
+        assert (profile.entries, profile.plugins) == (6, 1)
+        assert profile.by_kind == {"PluginV3": 1, "gemm": 1, "kgen": 4}
+        assert profile.by_part == {"embedding": 2, "head": 3, "layer": 1}
+    assert summary.unknown_kinds == ()
+    estimate = summary.decode_estimate
+    assert (estimate["launches"], estimate["launches_us"]) == (11, 11 * LAUNCH_US)
+    # Of tables a step reads rows: the rotary tables' and the experts' are not counted.
+    head = 64 * 98 * 2
+    assert 0 <= summary.profiles[0].weight_bytes - 64 * 96 * 2 - head < 1024
+
+
+def test_copy_beside_a_plugin_counts_as_a_kernel_and_is_named():
+    plan = read_plan(messages("LayerType: NoOp", "LayerType: Reformat", LAYER_LOG), 2)
+    summary = summarize(plan, ["decode", "prefill"], layers=1, cache_bytes=0)
+    assert summary.unknown_kinds == ("Reformat",)
+    assert [profile.entries for profile in summary.profiles] == [7, 6]

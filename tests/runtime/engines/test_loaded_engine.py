@@ -33,6 +33,20 @@ def test_too_little_memory_for_the_engine_is_said_before_anything_is_loaded(
     assert "cudaMalloc" not in gpu.cuda.calls
 
 
+def test_activations_of_the_plan_count_before_anything_is_loaded(
+    engine_source: Path, tmp_path: Path, gpu: FakeGpu
+) -> None:
+    """The largest of its profiles; the engine itself says 1 MB here, once it is loaded."""
+    plan = {"profiles": [{"activation_bytes": size} for size in (1_000_000, 7_000_000)]}
+    bundle = add_fake_engine(engine_source, tmp_path / "bundle", details={"plan": plan})
+    gpu.cuda.total_bytes = WEIGHT_BYTES + 7_000_000
+    with pytest.raises(BackendUnavailableError, match=r"10\.0 MB are needed .*activations 7\.0 MB"):
+        open_backend("tensorrt_rtx", bundle)
+    assert gpu.cuda.used_bytes == 0
+    gpu.cuda.total_bytes += 1_200_000
+    open_backend("tensorrt_rtx", bundle).close()
+
+
 def test_too_little_memory_for_a_context_is_said_before_it_is_made(
     engine_bundle: Bundle, gpu: FakeGpu
 ) -> None:

@@ -121,6 +121,18 @@ def test_engines_with_plugins_are_compared_with_those_without(tmp_path):
     ]
 
 
+def test_steps_of_our_kernels_are_compared_too(tmp_path):
+    torch = Variant(backend="torch", name="fp32", path="checkpoint", precision="fp32")
+    ours = [
+        dataclasses.replace(variant(name), backend="cuda", precision=name, details={})
+        for name in ("fp16", "int4")
+    ]
+    assert EnginesSection().plan([with_variants(tmp_path, torch, *ours)]) == [
+        "compare tiny, cuda:fp16 against torch:fp32",
+        "compare tiny, cuda:int4 against torch:fp32",
+    ]
+
+
 def test_an_engine_without_a_reference_is_named(tmp_path):
     checked = with_variants(tmp_path, variant("fp16"))
     subject = subject_of(HostDevice())
@@ -198,7 +210,8 @@ def compared(tmp_path, monkeypatch):
         monkeypatch.setattr(engine_comparison, "open_backend", open_backend)
         variants = (bundle.variant("torch"), bundle.variant("tensorrt_rtx"))
         found = engine_comparison.compare(bundle, *variants, 0)
-        assert [backend.closed for backend in opened] == [True, True]
+        times = 3 if found["verdict"] == "pass" else 2  # what passes is opened again
+        assert [backend.closed for backend in opened] == [True] * times
         return found
 
     return run
@@ -210,6 +223,8 @@ def test_an_engine_that_agrees_passes_and_is_timed(compared):
     assert found["verdict"] == found["report"]["verdict"] == "pass"
     assert found["step_ms"]["steps"] > 20
     assert "error" not in found
+    assert [start["device"] for start in found["starts"]] == [None, None]
+    assert {speed["batch_size"] for speed in found["speeds"]} == {1, 2}
 
 
 def test_an_engine_that_is_wrong_has_failed(compared):

@@ -60,4 +60,4 @@ def test_overall_passes_only_where_something_was_compared(reports, expected):
 
 def test_sections_have_names_of_their_own():
     names = [section.name for section in SECTIONS]
-    assert names == ["environment", "bandwidth", "kernels", "engines"]
+    assert names == ["environment", "bandwidth", "kernels", "engines", "decode_speed"]
