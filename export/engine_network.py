@@ -34,9 +34,9 @@ def check_network(network: Any, contract: EngineInterface) -> None:
 def check_cache_in_place(network: Any, contract: EngineInterface, plugin: str) -> None:
     """No layer may copy the cache: each tensor is written where it lies and read from there.
 
-    Each input of the cache is read by one layer, but for its shape, which writes the tokens of the step and whose
-    output is the network's. Keys and values, which are large, are then read by attention alone.
-    The parser multiplies keys by a number on the way; in the compiled plan attention does that
+    Each input of the cache is read by one layer, but for its shape, which writes the tokens of the
+    step and whose output is the network's. Keys and values, which are large, are then read by
+    attention alone. The parser multiplies keys by a number on the way; in the compiled plan attention does that
     itself. Scores may be read by anything: the mask that is made of them is larger than they are.
 
     Args:
