@@ -70,7 +70,7 @@ class _Score:
 
 
 def join_attention_inputs(editor: GraphEditor) -> int:
-    """Rewrite every layer whose queries and keys, and all but a seed's values, are one tensor's.
+    """Rewrite every layer whose queries and keys, and mostly values, are made of one tensor.
 
     Args:
         editor: on the canonical model.
