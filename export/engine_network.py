@@ -37,7 +37,8 @@ def check_cache_in_place(network: Any, contract: EngineInterface, plugin: str) -
     Each input of the cache is read by one layer, but for its shape, which writes the tokens of the
     step and whose output is the network's. Keys and values, which are large, are then read by
     attention alone. The parser multiplies keys by a number on the way; in the compiled plan
-    attention does that itself. Scores may be read by anything: the mask that is made of them is larger than they are.
+    attention does that itself. Scores may be read by anything: the mask that is made of them is
+    larger than they are.
 
     Args:
         network: parsed.
