@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.bundle import Bundle
 from runtime.engines.decode_graph import DECODE_GRAPH, decode_graph_of
+from runtime.kernel_step.variant import BACKEND as CUDA_BACKEND
 from runtime.manifest import Variant
 
 MIB = 1 << 20
@@ -150,7 +151,11 @@ def _printed_variant(variant: Mapping[str, Any]) -> list[str]:
         ),
     ]
     details = variant["details"]
-    if "targets" in details:
+    if variant["backend"] == CUDA_BACKEND:
+        lines.append(
+            f"  kernels    {len(details['kernels'])} of ours for {', '.join(details['targets'])}"
+        )
+    elif "targets" in details:
         lines.append(
             f"  engine     for {', '.join(details['targets'])}, built by version "
             f"{details.get('builder_version')}, plugins {details.get('plugin')}"

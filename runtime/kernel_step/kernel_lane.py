@@ -178,9 +178,9 @@ class KernelLane:
             self._launch((self._step.embed(self._places(None), self.rows),))
         ring, begun = self._ring, 0
         while True:
+            if self._run is not run:  # an error of the caller's, which leaves the cache as it is
+                raise ValueError("another step has run on this cache; decode anew from there")
             with self._exclusive():
-                if self._run is not run:
-                    raise ValueError("another step has run on this cache; decode anew from there")
                 while begun < steps and len(ring) < ring.depth:
                     self._decode(rules.ending)
                     ring.put(self._stream, self._areas.address("tokens"), self.rows * _INT64)
