@@ -157,11 +157,11 @@ class KernelLane:
             steps: how many tokens may follow.
 
         Yields:
-            [B] int64, the caller's own.
+            [B] int64, the caller's own; -1 for a row whose logits have no largest number.
 
         Raises:
-            RuntimeError: as `step`; or another step has run on this lane since the last item.
-            ValueError: the lane is closed, or logits from which nothing can be picked.
+            RuntimeError: as `step`.
+            ValueError: the lane is closed, or another step has run on it since the last item.
         """
         with self._exclusive():
             self._end_run()
