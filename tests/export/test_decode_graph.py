@@ -22,6 +22,7 @@ from model.checkpoint import load_checkpoint
 from model.contract import cache_kinds, step_contract
 from plugins import tensorrt_plugin
 from plugins.plugin_host import PluginHost
+from plugins.tensorrt_plugin import deregister_plugins
 from runtime.bundle import Bundle
 from runtime.engines.decode_graph import DecodeGraphContract, decode_graph_of, engine_files
 from runtime.engines.header import read_engine_header
@@ -90,6 +91,7 @@ def test_the_network_has_no_logits_and_writes_each_cache_tensor_in_place(
 ) -> None:
     """Of what the real parser makes of the model."""
     trt = load_tensorrt("tensorrt_rtx")
+    deregister_plugins(trt)  # which an earlier test of this process may have left there
     logger = make_logger(trt, BuildLog())
     builder = trt.Builder(logger)
     network = builder.create_network()

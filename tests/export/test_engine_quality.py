@@ -185,17 +185,19 @@ def test_build_reports_the_quality_of_its_engine_and_refuses_a_bad_one(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tmp_path / "bundle"
-    arguments = ("--max-seq-len", 128, "--cpu", "none", "--output", bundle, "--json")
+    arguments = ("--max-seq-len", 128, "--cpu", "none", "--no-sampling-tail")
+    arguments = (*arguments, "--output", bundle, "--json")
     built = call(main, *arguments, "--precision", "int4")
     assert built.status == 0, built.err
     report = built.report
-    assert 0 < report["quality"]["increase"] < report["quality"]["bound"] == 0.10
+    # Of so short a sample the perplexity may fall as well: it is noise of a hundredth of the bound.
+    assert 0 != report["quality"]["increase"] < report["quality"]["bound"] == 0.10
     check_report(report, bundle, "int4", passed=True)
     (engine,) = [file for file in report["files"] if file["role"] == "engine"]
     assert engine["path"] == "engines/tensorrt_rtx-sm89-int4.engine"
 
     before = (bundle / "manifest.json").read_bytes()
-    monkeypatch.setattr("export.quality.BOUNDS", {16: 0.02, 8: 0.02, 4: 1e-9})
+    monkeypatch.setattr("export.quality.BOUNDS", {16: 0.02, 8: 0.02, 4: -0.01})
     refused = call(main, *arguments, "--precision", "int4")
     assert refused.status == 1
     assert "loses more than its bound" in refused.report["error"]["message"]
@@ -214,7 +216,8 @@ def test_random_weights_get_an_engine_and_no_quality(
     shape = RELEASED_SHAPES["doge-20m"]
     short = dataclasses.replace(shape.config, num_hidden_layers=2)
     monkeypatch.setitem(RELEASED_SHAPES, "doge-20m", dataclasses.replace(shape, config=short))
-    arguments = ("--random-weights", "doge-20m", "--max-seq-len", 64, "--cpu", "none", "--json")
+    arguments = ("--random-weights", "doge-20m", "--max-seq-len", 64, "--cpu", "none")
+    arguments = (*arguments, "--no-sampling-tail", "--json")
     sizes = {}
     for precision in ("fp16", "int8"):
         built = call(main, *arguments, "--output", tmp_path / "bundle", "--precision", precision)

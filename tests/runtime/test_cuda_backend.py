@@ -156,7 +156,7 @@ SAMPLED = {
 
 @pytest.mark.parametrize("rules", SAMPLED)
 def test_device_chooses_the_tokens_of_the_reference(packed, rules):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, cuda, launcher = bundle.open()
     expected = generate(bundle.torch(), prompts(6, 3), SAMPLED[rules])
     assert generate(backend, prompts(6, 3), SAMPLED[rules]) == expected
@@ -180,7 +180,7 @@ def test_every_kind_of_model_generates_the_references_tokens(packed, name):
 
 
 def test_steps_run_ahead_and_no_step_is_waited_for(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, cuda, _ = bundle.open()
     chooser = []
     original = backend.decode_many
@@ -200,7 +200,7 @@ def test_steps_run_ahead_and_no_step_is_waited_for(packed):
 
 
 def test_host_chooses_where_log_probabilities_are_asked_for(packed, caplog):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, _, _ = bundle.open()
     params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, ignore_eos=True)
     with caplog.at_level("INFO", logger="runtime.backends.cuda_backend"):
@@ -210,7 +210,7 @@ def test_host_chooses_where_log_probabilities_are_asked_for(packed, caplog):
 
 
 def test_a_run_that_is_left_early_leaves_the_cache_right(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, reference = bundle.open()[0], bundle.torch()
     found = []
     for used in (backend, reference):
@@ -250,7 +250,7 @@ def _leave_early(backend, cache, logits):
 
 
 def test_score_gives_every_tokens_logits(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend = bundle.open()[0]
     rows = np.array(prompts(14, 14))
     lengths = np.array([14, 9])
@@ -264,7 +264,7 @@ def test_score_gives_every_tokens_logits(packed):
 
 
 def test_a_launch_that_fails_names_kernel_and_step_and_the_session_can_begin_anew(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, cuda, launcher = bundle.open()
     cache = backend.new_cache(1)
     prefill(backend, cache, *prompts(3))
@@ -284,7 +284,7 @@ def test_a_launch_that_fails_names_kernel_and_step_and_the_session_can_begin_ane
 
 
 def test_a_fault_in_the_middle_of_a_text_ends_it(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, cuda, _ = bundle.open()
     backend.new_cache(1).close()
     original = cuda.cudaEventSynchronize
@@ -298,7 +298,7 @@ def test_a_fault_in_the_middle_of_a_text_ends_it(packed):
 
 
 def test_too_little_memory_is_said_before_anything_is_allocated(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     cuda = FakeCuda()
     cuda.total_bytes = 100_000
     with pytest.raises(
@@ -315,7 +315,7 @@ def test_too_little_memory_is_said_before_anything_is_allocated(packed):
 
 
 def test_more_than_was_built_is_refused(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, _, _ = bundle.open()
     with pytest.raises(ValueError, match="a batch of 3 sequences is outside 1 to 2"):
         backend.new_cache(3)
@@ -327,7 +327,7 @@ def test_more_than_was_built_is_refused(packed):
 
 
 def test_logits_that_are_no_numbers_are_an_error(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     with np.errstate(invalid="ignore"):
         bundle.network.model.norm.weight.data[:] = float("nan")
     from export.step_weights import write_step_weights
@@ -342,7 +342,7 @@ def test_logits_that_are_no_numbers_are_an_error(packed):
 
 
 def test_caches_of_others_and_closed_ones_are_refused(packed):
-    bundle = packed("g4")
+    bundle = packed("g4", num_hidden_layers=1)
     backend, other = bundle.open()[0], bundle.open()[0]
     cache = backend.new_cache(1)
     with pytest.raises(TypeError, match="of another backend"):
