@@ -137,15 +137,24 @@ class _EngineBackend(Backend):
         except BaseException:
             self.close()
             raise
-        self._starts_warm = engine.starts_warm
+        self._engines: list[LoadedEngine[Any]]
+        self._engines = [engine, *([] if graph is None else [graph])]
 
     def device_facts(self) -> dict[str, Any]:
-        """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now."""
+        """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now, in MiB.
+
+        `activations_mb` is of one batch's contexts, `runtime_cache_mb` what earlier starts saved,
+        `verdicts` the library's on each engine (null: it gives none).
+        """
         speed = copy_bytes_per_s(self._cuda)
+        engines = self._engines
         return {
             "gpu": str(self._cuda.gpu()),
-            "runtime_cache": {None: "none", False: "cold", True: "warm"}[self._starts_warm],
-            "memory_mb": round((self._free_before - self._cuda.free_bytes()) / 2**20, 1),
+            "runtime_cache": {None: "none", False: "cold", True: "warm"}[engines[0].starts_warm],
+            "runtime_cache_mb": _mb(sum(engine.runtime_cache_bytes for engine in engines)),
+            "verdicts": [engine.verdict for engine in engines],
+            "activations_mb": _mb(sum(engine.context_bytes for engine in engines)),
+            "memory_mb": _mb(self._free_before - self._cuda.free_bytes()),
             "copy_gb_per_s": None if speed is None else round(speed / 1e9, 3),
         }
 
@@ -263,6 +272,10 @@ class _EngineBackend(Backend):
         if not self._lanes.owns(cache.lane):
             raise TypeError("this cache is of another backend; take one from this one's new_cache")
         return cache.lane
+
+
+def _mb(size: int) -> float:
+    return round(size / 2**20, 1)
 
 
 def _activations(variant: Variant, what: str) -> dict[str, int]:

@@ -49,6 +49,10 @@ class LoadedEngine(Generic[Interface]):
         log: the library's errors.
         context_bytes: device memory that each context takes, for the largest profile.
         captures_graphs: whether the library captures CUDA graphs by itself.
+        starts_warm: whether kernels of an earlier start are used; None where the library keeps
+            none.
+        runtime_cache_bytes: size of what was read of them, or 0.
+        verdict: the library's on the engine, e.g. VALID; None where it gives none.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class LoadedEngine(Generic[Interface]):
         self.log = EngineLog(problems)
         self.context_bytes = 0
         self.captures_graphs = False
-        self.starts_warm: bool | None = None  # whether kernels of an earlier start are used
+        self.starts_warm: bool | None = None
+        self.runtime_cache_bytes = 0
+        self.verdict: str | None = None
         self._cuda = cuda
         self._variant = variant
         self._cache_file: RuntimeCacheFile | None = None
@@ -108,6 +114,7 @@ class LoadedEngine(Generic[Interface]):
             # The library's objects go to no function that raises: the traceback would keep them
             # alive beyond what they depend on.
             fit.check_validity(state, int(bits), self.log.said())
+            self.verdict = str(state.name)
         self._cuda.require_free(needs, _LESS)
         self._engine = self._runtime.deserialize_cuda_engine(blob)
         if self._engine is None:
@@ -298,7 +305,9 @@ class LoadedEngine(Generic[Interface]):
         saved, self.starts_warm = cache_file.read(), False
         if saved is not None:
             self.starts_warm = bool(self._runtime_cache.deserialize(saved))
-            if not self.starts_warm:
+            if self.starts_warm:
+                self.runtime_cache_bytes = len(saved)
+            else:
                 cache_file.refused()
         if self._config.set_runtime_cache(self._runtime_cache):
             self._cache_file = cache_file

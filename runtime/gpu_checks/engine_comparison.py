@@ -24,6 +24,8 @@ from runtime.backends import open_backend
 from runtime.backends.base import Backend, BackendUnavailableError
 from runtime.bundle import Bundle
 from runtime.comparison import compare_backends, random_prompts, variant_tolerance
+from runtime.gpu_checks.chosen_tokens import check_chosen_tokens
+from runtime.gpu_checks.section import combined
 from runtime.manifest import Variant
 from runtime.options import split_backend
 
@@ -41,8 +43,9 @@ def compare(bundle: Bundle, reference: Variant, candidate: Variant, seed: int) -
 
     Returns:
         JSON-ready: `verdict`; `opened`, whether the candidate could be; `error`, what was said
-        where something failed; the comparison's `report`, `load_s` and `step_ms`; `speeds`; and
-        `starts`, the first tokens after opening, and after closing and opening again.
+        where something failed; the comparison's `report`, `load_s` and `step_ms`; `chosen`, the
+        tokens that the GPU chooses by itself; `speeds`; and `starts`, the first tokens after
+        opening, and after closing and opening again.
     """
     begin = time.perf_counter()
     try:
@@ -142,10 +145,15 @@ def _both(reference: Backend, candidate: Backend, bundle: Bundle, seed: int) -> 
     atol, rtol = max(map(variant_tolerance, variants))
     try:
         report = compare_backends(reference, candidate, prompts, steps, atol=atol, rtol=rtol)
-        times = _step_ms(candidate, prompts[0])
-    except RuntimeError as error:
+        found = {"report": report.as_dict(), "step_ms": _step_ms(candidate, prompts[0])}
+        if report.verdict == "fail":
+            return {"verdict": "fail", **found}
+        tolerance = variant_tolerance(variants[1])
+        chosen = check_chosen_tokens(candidate, prompts[0], seed, tolerance)
+    except (RuntimeError, ValueError) as error:  # ValueError: logits that nothing can be picked of
         return {"verdict": "fail", "error": _one_line(error)}
-    return {"verdict": report.verdict, "report": report.as_dict(), "step_ms": times}
+    verdict = combined((report.verdict, chosen["verdict"]))
+    return {"verdict": verdict, **found, "chosen": chosen}
 
 
 def _step_ms(backend: Backend, prompt: Sequence[int]) -> dict[str, Any] | None:

@@ -23,7 +23,11 @@ _NO_REFERENCE = (
 _HOW = (
     "Each comparison runs in a process of its own, so that one that dies does not end the others. "
     "Both sides get the same prompts and then the reference's greedy tokens; logits must agree "
-    "within the tolerances of runtime/comparison.py for the coarser precision. `step_ms`: one "
+    "within the tolerances of runtime/comparison/tolerances.py for the coarser precision. "
+    "`chosen`: tokens that the GPU chooses while it runs ahead of the host, by three sets of "
+    "rules; they are fed to the same backend once more, one by one with logits, from which the "
+    "host picks. Nine of ten must be the host's, and the logit of a greedy one no less than the "
+    "largest by twice the tolerance. `step_ms`: one "
     "token of one sequence through the backend, its copies and Python included, by the host's "
     "clock. `starts`: opening, first prompt and first step, then the same after closing; the "
     "memory that is taken, and whether saved kernels were used. `speeds`: medians of 3 prompts of "
@@ -160,6 +164,7 @@ def _compare(comparison: Comparison, seed: int, seconds: float) -> dict[str, Any
         "said": result.said,
         "opened": result.found.get("opened"),
         "report": result.found.get("report"),
+        "chosen": result.found.get("chosen"),
         "load_s": result.found.get("load_s"),
         "step_ms": result.found.get("step_ms"),
         "starts": result.found.get("starts"),

@@ -12,6 +12,13 @@ from rich.table import Table
 from runtime.gpu_checks.evidence import Evidence
 
 _PIPED_WIDTH = 160
+_ENGINE_NUMBERS = (
+    "largest\ndifference",
+    "step\nms",
+    "token\nahead, ms",
+    "same\ntokens",
+    "first prompt\nms, again",
+)
 _STYLES = {"pass": "green", "fail": "bold red", "skipped": "dim"}
 
 
@@ -83,22 +90,35 @@ def _print_engines(console: Console, name: str, report: Mapping[str, Any]) -> No
     table = Table(title=name, title_justify="left", box=box.SIMPLE)
     for column in ("bundle", "engine", "against"):
         table.add_column(column, overflow="fold")
-    for column in ("largest\ndifference", "token\nms"):
+    for column in _ENGINE_NUMBERS:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("said", overflow="fold")
     for case in report["cases"]:
-        logits = (case["report"] or {}).get("logits", {})
         table.add_row(
             _plain(case["bundle"]),
             _plain(case["candidate"]),
             _plain(case["reference"]),
-            _number(logits.get("max_abs"), ".3g"),
-            _number((case["step_ms"] or {}).get("median"), ".3f"),
+            *_engine_numbers(case),
             _styled(case["verdict"]),
             _plain((case["said"] or "").splitlines()[-1] if case["said"] else ""),
         )
     console.print(table)
+
+
+def _engine_numbers(case: Mapping[str, Any]) -> tuple[str, ...]:
+    """What `_ENGINE_NUMBERS` names; empty where it is not known."""
+    rules = (case["chosen"] or {}).get("rules", [])
+    equal = f"{sum(r['equal'] for r in rules)}/{sum(r['steps'] for r in rules)}" if rules else ""
+    greedy: Mapping[str, Any] = next((r for r in rules if r["rule"] == "greedy"), {})
+    starts = [_number(start["first_prompt_ms"], ".0f") or "-" for start in case["starts"] or []]
+    return (
+        _number((case["report"] or {}).get("logits", {}).get("max_abs"), ".3g"),
+        _number((case["step_ms"] or {}).get("median"), ".3f"),
+        _number(greedy.get("token_ms"), ".3f"),
+        equal,
+        ", ".join(starts),
+    )
 
 
 def _print_decode_speed(console: Console, name: str, report: Mapping[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
 from runtime.backends import open_backend
 from runtime.backends.base import Backend
 from runtime.bundle import Bundle
+from runtime.system_process import describe_opened
 from tests.command_calls import build_bundle
 from tests.fake_tensorrt import FakeGpu
 from tests.fake_tensorrt.engine_file import add_fake_engine
@@ -66,3 +68,29 @@ def ahead(ahead_bundle: Bundle, gpu: FakeGpu) -> Iterator[Backend]:
 def reference(engine_bundle: Bundle) -> Iterator[Backend]:
     with closing(open_backend("onnxruntime", engine_bundle)) as opened:
         yield opened
+
+
+class HereInstead:
+    """Stands for a process: the fake GPU is known in this one alone."""
+
+    def __init__(self, label: str, open_system: Callable[[], Any]) -> None:
+        self.system = open_system()
+        self.opened = describe_opened(self.system, 0.5)
+        self.run = self.system.run
+
+    def peak_rss_mb(self) -> float:
+        return 100.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.system.close()
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark's systems run in this process."""
+    monkeypatch.setattr("runtime.benchmarking.SystemProcess", HereInstead)
+    monkeypatch.setattr("runtime.benchmarking.PAUSE_S", 0.0)
+    monkeypatch.setattr("runtime.gpu.copy_speed.copy_bytes_per_s.__defaults__", (1 << 20,))

@@ -10,8 +10,8 @@ from export import build_engine
 from runtime.benchmark import main
 from runtime.command import FAILURE, SUCCESS, USAGE
 from runtime.cpu_threads import usable_cpus
-from runtime.system_process import describe_opened
 from tests.fake_bundle import write_fake_bundle
+from tests.fake_tensorrt.engine_file import ACTIVATION_BYTES, add_fake_engine
 
 FIELDS = {
     "bundle",
@@ -165,31 +165,6 @@ def test_model_that_does_not_load_is_an_error_that_names_the_system(fake_bundle,
     assert f"{fake_bundle} onnxruntime, prompt of 16: onnxruntime cannot load" in message
 
 
-class HereInstead:
-    """Stands for a process: the fake GPU is known in this one alone."""
-
-    def __init__(self, label, open_system):
-        self.system = open_system()
-        self.opened = describe_opened(self.system, 0.5)
-        self.run = self.system.run
-
-    def peak_rss_mb(self):
-        return 100.0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.system.close()
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr("runtime.benchmarking.SystemProcess", HereInstead)
-    monkeypatch.setattr("runtime.benchmarking.PAUSE_S", 0.0)
-    monkeypatch.setattr("runtime.gpu.copy_speed.copy_bytes_per_s.__defaults__", (1 << 20,))
-
-
 def test_an_engine_is_measured_beside_the_cpu_with_its_gpus_memory(
     engine_bundle, gpu, here, capsys
 ):
@@ -214,8 +189,30 @@ def test_an_engine_is_measured_beside_the_cpu_with_its_gpus_memory(
             assert cache_mb < device["memory_mb"] - 3e6 / 2**20 < cache_mb + 2
             # The floor follows the GPU's speed, not the CPU's.
             assert result["roofline_fraction"] > 0
+            assert device["verdicts"] == ["VALID"]
+            assert device["activations_mb"] == round(ACTIVATION_BYTES / 2**20, 1)
         starts.append([result["device"]["runtime_cache"] for result in engines])
+        saved = [result["device"]["runtime_cache_mb"] for result in engines]
     assert starts == [["cold", "cold"], ["warm", "warm"]]
+    assert saved == [0.0, 0.0]  # the stand-in's is a few bytes
+
+
+def test_standard_tensorrt_keeps_no_kernels_and_its_library_gives_no_verdict(
+    engine_source, tmp_path, gpu, here, capsys
+):
+    bundle = add_fake_engine(
+        engine_source, tmp_path / "bundle", backend="tensorrt", decode_width=64
+    )
+    flags = ("--backend", "tensorrt", "--input-len", 5, "--output-len", 4)
+    for _ in range(2):
+        status, printed = call(capsys, bundle.path, *flags, *QUICK, "--json")
+        assert status == SUCCESS, printed.err
+        (result,) = json.loads(printed.out)["results"]
+        assert (result["backend"], result["variant"]) == ("tensorrt", "fp32-sm89")
+        device = result["device"]
+        assert (device["runtime_cache"], device["runtime_cache_mb"]) == ("none", 0.0)
+        assert device["verdicts"] == [None, None]
+        assert device["activations_mb"] == round(2 * ACTIVATION_BYTES / 2**20, 1)
 
 
 def test_the_table_names_the_gpu_and_its_memory(engine_bundle, gpu, here, capsys):

@@ -26,6 +26,7 @@ from runtime.bundle import Bundle
 from runtime.cpu_threads import CpuThreads
 from runtime.gpu_checks.engine_comparison import compare
 from runtime.sampling import SamplingParams
+from runtime.sampling_tail import EngineTailInputs
 from tests.command_calls import build_bundle
 from tests.engine_runs import generate, prefill, prompts
 from tests.fake_tensorrt import FakeGpu
@@ -158,14 +159,16 @@ def test_prompts_are_routed_as_a_whole_with_mixed_and_its_errors_are_those_of_ev
 
 
 def test_the_gpu_check_compares_an_engine_with_the_reference(
-    engine_bundle: Bundle, gpu: FakeGpu
+    ahead_bundle: Bundle, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, reference = (engine_bundle.variant(b) for b in ("tensorrt_rtx", "onnxruntime"))
-    found = compare(engine_bundle, reference, engine, seed=3)
+    engine, reference = (ahead_bundle.variant(b) for b in ("tensorrt_rtx", "onnxruntime"))
+    found = compare(ahead_bundle, reference, engine, seed=3)
     assert found["opened"]
     assert found["verdict"] == "pass", found
     cold, warm = found["starts"]
     assert [s["device"]["runtime_cache"] for s in (cold, warm)] == ["cold", "warm"]
+    assert cold["device"]["verdicts"] == ["VALID", "VALID"]
+    assert [rule["equal"] for rule in found["chosen"]["rules"]] == [64, 64, 64]
     assert all(s[key] > 0 for s in (cold, warm) for key in ("load_s", "first_step_ms"))
     sizes = [(speed["batch_size"], speed["prompt_tokens"]) for speed in found["speeds"]]
     assert sizes == [(1, 16), (3, 16)]  # prompts of up to 64 tokens
@@ -174,8 +177,21 @@ def test_the_gpu_check_compares_an_engine_with_the_reference(
         assert speed["tokens_per_s"] == pytest.approx(expected, rel=0.01)
         assert speed["prefill_ms"] > 0
     json.dumps(found, allow_nan=False)
+    # A decode graph that chooses by other rules than it is told.
+    make = EngineTailInputs.make
+
+    def hotter(params: SamplingParams, rows: int) -> EngineTailInputs:
+        return make(dataclasses.replace(params, temperature=3 * params.temperature), rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineTailInputs, "make", hotter)
+        found = compare(ahead_bundle, reference, engine, seed=3)
+    assert found["report"]["verdict"] == "pass"
+    assert found["verdict"] == "fail"
+    verdicts = {rule["rule"]: rule["verdict"] for rule in found["chosen"]["rules"]}
+    assert verdicts == {"greedy": "pass", "drawn": "fail", "every rule": "pass"}  # the host's
     gpu.cuda.capability = (12, 0)
-    found = compare(engine_bundle, reference, engine, seed=3)
+    found = compare(ahead_bundle, reference, engine, seed=3)
     assert found["verdict"] == "skipped"
     assert "was built for sm89, here is" in found["error"]
 

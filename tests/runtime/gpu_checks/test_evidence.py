@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -53,7 +54,21 @@ EVIDENCE = Evidence(
                     "bundle": "build/doge-tiny", "candidate": "tensorrt_rtx:fp16",
                     "reference": "torch:fp32", "verdict": "skipped", "report": None,
                     "step_ms": None, "said": "first\\nnot this [GPU]",
-                }
+                    "chosen": None, "starts": None, "speeds": None,
+                },
+                {
+                    "bundle": "build/doge-tiny", "candidate": "cuda:fp16",
+                    "reference": "torch:fp32", "verdict": "pass", "said": "",
+                    "report": {"logits": {"max_abs": 0.0123}}, "step_ms": {"median": 0.456},
+                    "chosen": {
+                        "rules": [
+                            {"rule": "drawn", "equal": 63, "steps": 64, "token_ms": 9.0},
+                            {"rule": "greedy", "equal": 64, "steps": 64, "token_ms": 0.321},
+                        ],
+                    },
+                    "starts": [{"first_prompt_ms": 812.4}, {"first_prompt_ms": None}],
+                    "speeds": [],
+                },
             ],
         },
         "later": {"verdict": "pass", "anything": [1, 2]},
@@ -148,3 +163,4 @@ def test_the_summary_shows_each_section_and_what_is_wrong(capsys):
         "fail: environment pass, bandwidth pass, kernels fail, engines skipped, later pass; NVIDIA",
     ):
         assert text in printed
+    assert re.search(r"0\.0123 +0\.456 +0\.321 +127/128 +812, - +pass", printed), printed
