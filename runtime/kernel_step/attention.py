@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from plugins.dynamic_mask_attention.launches import (
+from plugins.dynamic_mask_attention.launches import plan_decode
+from plugins.dynamic_mask_attention.step_launches import (
     StepAppend,
     make_step_attention,
     make_step_attention_spec,
-    plan_decode,
 )
 from plugins.kernel_spec import KernelSpec, Launch
 from runtime.kernel_step.formats import StepFormats

@@ -8,7 +8,7 @@ import pytest
 
 from export.build_kernels import TARGETS
 from export.kernel_compiler import compile_kernels
-from plugins.dynamic_mask_attention.launches import (
+from plugins.dynamic_mask_attention.step_launches import (
     StepAppend,
     make_step_attention,
     make_step_attention_spec,

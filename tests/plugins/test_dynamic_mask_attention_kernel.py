@@ -20,13 +20,15 @@ from plugins.dynamic_mask_attention.launches import (
     MAX_DECODE_TOKENS,
     AttentionKernels,
     make_kernels,
-    make_step_attention,
-    make_step_attention_spec,
     plan_decode,
 )
 from plugins.dynamic_mask_attention.op import (
     dynamic_mask_attention_definition,
     keep_largest_scores,
+)
+from plugins.dynamic_mask_attention.step_launches import (
+    make_step_attention,
+    make_step_attention_spec,
 )
 from plugins.kernel_spec import KernelSpec, Launch
 from plugins.registry import DYNAMIC_MASK_ATTENTION

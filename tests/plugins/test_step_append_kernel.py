@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from plugins.dynamic_mask_attention.launches import StepAppend, make_step_attention
 from plugins.dynamic_mask_attention.op import dynamic_mask_attention_definition
+from plugins.dynamic_mask_attention.step_launches import StepAppend, make_step_attention
 from plugins.kernel_spec import KernelSpec
 from tests.interpreter import InterpreterLauncher
 from tests.kernel_runs import Guarded, guarded
