@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -43,7 +44,7 @@ class KernelEntry:
         constants: what the code was specialized for.
         grid: `KernelSpec.grid`.
         toolkit: CUDA version of the assembler, `12.9`; a driver must be of that major version.
-        source_sha256: hash of the file with the kernel's source (`source_sha256`).
+        source_sha256: hash of the kernel's source (`source_sha256`).
     """
 
     name: str
@@ -89,15 +90,39 @@ class KernelEntry:
 
 @cache
 def source_sha256(function: str) -> str:
-    """Hash of the file that `module:function` stands in; Triton is not imported.
+    """Hash of the file that `module:function` stands in and of those of ours that it imports.
+
+    Triton is not imported.
 
     Raises:
         ValueError: there is no such file.
     """
-    found = importlib.util.find_spec(function.partition(":")[0])
+    module = function.partition(":")[0]
+    sources = {module: _source_file(module)}
+    waiting = [module]
+    while waiting:
+        for imported in _imported_from(sources[waiting.pop()], module.partition(".")[0]):
+            if imported not in sources:
+                sources[imported] = _source_file(imported)
+                waiting.append(imported)
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(hashlib.sha256(sources[name].read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _source_file(module: str) -> Path:
+    found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise ValueError(f"there is no source of the kernel {function}")
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
+        raise ValueError(f"there is no source of the kernels in {module}")
+    return Path(found.origin)
+
+
+def _imported_from(source: Path, package: str) -> list[str]:
+    """Modules of a package that a file takes names from (`from package.module import name`)."""
+    tree = ast.parse(source.read_bytes())
+    taken = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return [name for name in taken if name is not None and name.partition(".")[0] == package]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -201,3 +202,52 @@ def test_unknown_op_is_named():
     use = OpUse(op="Other", attributes={}, shapes={}, dtypes={}, nodes=1)
     with pytest.raises(ValueError, match="no custom op is called Other"):
         use.make_kernels()
+
+
+def test_a_kernels_hash_is_of_all_source_of_ours_that_it_takes(tmp_path, monkeypatch):
+    sources = {
+        "one": "import triton\nfrom some_ops.two import a\n",
+        "two": "from some_ops.three import b\n",
+        "three": "from some_ops.one import c\nfrom os import path\n",
+        "four": "",
+    }
+    folder = tmp_path / "some_ops"
+    folder.mkdir()
+    for name, text in {"__init__": "", **sources}.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def hash_now():
+        source_sha256.cache_clear()
+        return source_sha256("some_ops.one:a_kernel")
+
+    before = hash_now()
+    assert hash_now() == before
+    changed = set()
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text + "# changed\n")
+        if hash_now() != before:
+            changed.add(name)
+        (folder / f"{name}.py").write_text(text)
+    assert changed == {"one", "two", "three"}
+    (folder / "two.py").unlink()
+    with pytest.raises(ValueError, match=r"no source of the kernels in some_ops\.two"):
+        hash_now()
+    source_sha256.cache_clear()
+
+
+def test_kernels_that_share_code_notice_its_change(monkeypatch):
+    read = Path.read_bytes
+    edited = Path("plugins/projection/kernel.py")
+
+    def read_edited(path):
+        return read(path) + (b"#" if path.parts[-3:] == edited.parts else b"")
+
+    functions = ("plugins.expert_down.kernel:f", "plugins.row_norm.kernel:f")
+    source_sha256.cache_clear()
+    before = [source_sha256(function) for function in functions]
+    source_sha256.cache_clear()
+    monkeypatch.setattr(Path, "read_bytes", read_edited)
+    after = [source_sha256(function) for function in functions]
+    source_sha256.cache_clear()
+    assert [a == b for a, b in zip(after, before, strict=True)] == [False, True]
