@@ -17,7 +17,8 @@ class Pace:
     Attributes:
         warmup: tokens of each continuation that do not count.
         tokens: tokens behind them that do.
-        repeats: continuations that count; one before them does not.
+        repeats: prompts, and then continuations of the last, that count; one of each before them
+            does not.
     """
 
     warmup: int = 8
@@ -51,8 +52,14 @@ class Decoding(Protocol):
 
 
 def time_decoding(decoding: Decoding, prompts: Ids, pace: Pace) -> dict[str, Any]:
-    """JSON-ready: how long a step takes behind prompts [B, S]."""
-    decoding.prefill(prompts)
+    """JSON-ready: how long prompts [B, S] take, and a step behind them."""
+    prompt_times = []
+    for repeat in range(1 + pace.repeats):
+        begin = time.perf_counter()
+        decoding.prefill(prompts)
+        decoding.wait()
+        if repeat:
+            prompt_times.append(1e3 * (time.perf_counter() - begin))
     times = []
     for repeat in range(1 + pace.repeats):
         decoding.rewind()
@@ -66,6 +73,7 @@ def time_decoding(decoding: Decoding, prompts: Ids, pace: Pace) -> dict[str, Any
     middle = median(times)
     return {
         "prompt_tokens": prompts.shape[1],
+        "prompt_ms": round(median(prompt_times), 4),
         "step_ms": round(middle, 5),
         "fastest_ms": round(min(times), 5),
         "slowest_ms": round(max(times), 5),

@@ -129,7 +129,7 @@ def _print_decode_speed(console: Console, name: str, report: Mapping[str, Any]) 
     table = Table(title=name, title_justify="left", box=box.SIMPLE)
     for column in ("bundle", "system"):
         table.add_column(column, overflow="fold")
-    for column in ("batch", "behind", "token\nms", "tokens/s", "of band-\nwidth"):
+    for column in ("batch", "prompt", "prompt\nms", "token\nms", "tokens/s", "of band-\nwidth"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("times torch", overflow="fold")
     table.add_column("verdict", no_wrap=True)
@@ -141,6 +141,7 @@ def _print_decode_speed(console: Console, name: str, report: Mapping[str, Any]) 
             _plain(case["system"]),
             str(case["batch"]),
             _number(case.get("prompt_tokens"), "d"),
+            _number(case.get("prompt_ms"), ".2f"),
             _number(case.get("step_ms"), ".3f"),
             _number(case.get("tokens_per_s"), ".0f"),
             _number(case.get("of_bandwidth"), ".0%"),

@@ -94,11 +94,13 @@ class Clockwork:
         self.now = 0.0
         self.calls = []
         self._cold = True
+        self._pending = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def prefill(self, prompts):
         self.calls.append(("prefill", prompts.shape))
-        self.now += 7.0
+        self.now += 7.0  # what the host does
+        self._pending = 0.001 * len(self.calls)
 
     def rewind(self):
         self.calls.append(("rewind",))
@@ -120,11 +122,13 @@ def test_only_tokens_behind_the_warm_up_count(monkeypatch):
     clock = Clockwork(monkeypatch)
     found = time_decoding(clock, np.zeros((3, 6), np.int64), Pace(warmup=4, tokens=8, repeats=3))
     round_of = [("rewind",), ("decode", 4), ("wait",), ("decode", 8), ("wait",)]
-    assert clock.calls == [("prefill", (3, 6)), *round_of * 4]
-    # The timed call of round r is the 5·r-th; the first round does not count.
+    assert clock.calls == [*[("prefill", (3, 6)), ("wait",)] * 4, *round_of * 4]
+    # A prompt takes 7 s and a millisecond for each call so far; the first does not count. The timed
+    # call of round r is number 12 + 5·r; the first round does not count.
     assert found == {
-        "prompt_tokens": 6, "step_ms": 15.0, "fastest_ms": 10.0, "slowest_ms": 20.0,
-        "tokens_per_s": 200.0,
+        "prompt_tokens": 6, "prompt_ms": 7005.0,
+        "step_ms": 22.0, "fastest_ms": 17.0, "slowest_ms": 27.0,
+        "tokens_per_s": round(3000 / 22, 1),
     }  # fmt: skip
 
 
