@@ -22,11 +22,11 @@ from runtime.engines.ahead import ahead_bytes
 from runtime.engines.decode_graph import DecodeGraphContract, decode_graph_of
 from runtime.engines.engine_file import EngineFile
 from runtime.engines.lane import AheadRun, EngineLane, lane_needs
-from runtime.engines.lane_pool import LanePool
 from runtime.engines.loaded_engine import LoadedEngine
 from runtime.engines.plugins import plugin_problems, prepare_plugins
 from runtime.gpu.copy_speed import copy_bytes_per_s
 from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
+from runtime.gpu.lane_pool import LanePool
 from runtime.sampling_tail import EngineTailInputs, engine_tail_covers
 from runtime.tensorrt_module import Product, load_tensorrt
 
@@ -124,7 +124,19 @@ class _EngineBackend(Backend):
                 "the choice of tokens": ahead_bytes(decode, self.limits),
             }
             graph = LoadedEngine(trt, cuda, described, decode, problems)
-        self._lanes = LanePool(engine, cuda, self.limits, self.vocab_size, graph)
+        self._engines: list[LoadedEngine[Any]]
+        self._engines = [engine, *([] if graph is None else [graph])]
+
+        limits, vocab_size = self.limits, self.vocab_size
+
+        def make(rows: int) -> EngineLane:
+            return EngineLane(engine, cuda, limits, vocab_size, rows, graph)
+
+        self._lanes = LanePool(
+            make,
+            first=[loaded.save_runtime_cache for loaded in reversed(self._engines)],
+            last=[loaded.close for loaded in reversed(self._engines)],
+        )
         # Also where nobody closes the backend, but for the end of the process: the driver takes
         # everything then, and half of Python is gone.
         self._close = weakref.finalize(self, self._lanes.close)
@@ -137,8 +149,6 @@ class _EngineBackend(Backend):
         except BaseException:
             self.close()
             raise
-        self._engines: list[LoadedEngine[Any]]
-        self._engines = [engine, *([] if graph is None else [graph])]
 
     def device_facts(self) -> dict[str, Any]:
         """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now, in MiB.

@@ -1,39 +1,66 @@
-"""The lanes of a variant's engines: each serves one batch at a time, and the next one after it.
+"""The lanes of a backend: each serves one batch at a time, and the next one after it.
 
-Making a lane takes memory and time (a context holds the activations of the largest profile, and the
-first steps on it compile and capture), so a lane whose batch has ended is kept until the engine is
-closed, or until its memory is wanted.
+Making a lane takes memory and time (its buffers, and its first steps compile or capture), so a lane
+whose batch has ended is kept until the backend is closed, or until its memory is wanted.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Generic, Protocol, TypeVar
 
-from model.contract import StepContract
-from runtime.backends.base import BackendUnavailableError, Limits
-from runtime.engines.decode_graph import DecodeGraphContract
-from runtime.engines.lane import EngineLane
-from runtime.engines.loaded_engine import LoadedEngine
-from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.backends.base import BackendUnavailableError
 
 
-class LanePool:
-    """Owns a variant's engines and their lanes."""
+class Lane(Protocol):
+    """What one batch runs on.
+
+    Attributes:
+        rows: sequences of the batch.
+    """
+
+    rows: int
+
+    @property
+    def usable(self) -> bool:
+        """Whether another batch can begin on it."""
+
+    def begin(self, rows: int) -> None:
+        """Begin a batch of `rows` sequences with a zeroed cache.
+
+        Raises:
+            BackendUnavailableError: too little memory for the cache.
+        """
+
+    def close(self) -> None:
+        """Release everything; harmless when called again."""
+
+
+AnyLane = TypeVar("AnyLane", bound=Lane)
+
+
+class LanePool(Generic[AnyLane]):
+    """Owns the lanes of a backend and closes them before what they run on."""
 
     def __init__(
         self,
-        engine: LoadedEngine[StepContract],
-        cuda: CudaRuntime,
-        limits: Limits,
-        vocab_size: int,
-        decode_graph: LoadedEngine[DecodeGraphContract] | None = None,
+        make: Callable[[int], AnyLane],
+        *,
+        first: Sequence[Callable[[], object]] = (),
+        last: Sequence[Callable[[], object]] = (),
     ) -> None:
-        """Own engines, which are loaded or will be."""
-        self._engine, self._decode_graph, self._cuda = engine, decode_graph, cuda
-        self._limits, self._vocab_size = limits, vocab_size
-        self._all: list[EngineLane] = []
-        self._idle: list[EngineLane] = []
+        """Own no lane yet.
+
+        Args:
+            make: a lane that has room for a batch of so many sequences.
+            first: what closing does before any lane is closed.
+            last: what it does behind; all is done whatever becomes of the rest.
+        """
+        self._make, self._first, self._last = make, tuple(first), tuple(last)
+        self._all: list[AnyLane] = []
+        self._idle: list[AnyLane] = []
         self._closed = False
         # Reentrant: a cache that is collected gives its lane back wherever Python collects it.
         self._lock = threading.RLock()
@@ -47,12 +74,12 @@ class LanePool:
         with self._lock:
             self._idle.append(self._new(1))
 
-    def take(self, rows: int) -> EngineLane:
+    def take(self, rows: int) -> AnyLane:
         """A lane on which a batch of `rows` has begun, its cache zero.
 
         Raises:
             BackendUnavailableError: too little memory, or no context.
-            ValueError: the engine is closed.
+            ValueError: the backend is closed.
         """
         with self._lock:
             self.check_open()
@@ -64,22 +91,22 @@ class LanePool:
                 self._close_idle()  # their memory may be what is missing
                 return self._begin(rows)
 
-    def give_back(self, lane: EngineLane) -> None:
+    def give_back(self, lane: AnyLane) -> None:
         """Keep a lane for the next batch; one of which a step has failed is given up."""
         with self._lock:
             if not self.owns(lane):
-                return  # closed with the engine
+                return  # closed with the backend
             if lane.usable:
                 self._idle.append(lane)
             else:
                 self._discard(lane)
 
-    def owns(self, lane: EngineLane) -> bool:
-        """Whether a lane is of this engine, and open."""
+    def owns(self, lane: AnyLane) -> bool:
+        """Whether a lane is of this pool, and open."""
         return any(lane is own for own in self._all)
 
     def check_open(self) -> None:
-        """Make sure that the engine is open.
+        """Make sure that the backend is open.
 
         Raises:
             ValueError: it is closed.
@@ -88,23 +115,19 @@ class LanePool:
             raise ValueError("this backend is closed; open another")
 
     def close(self) -> None:
-        """Save the runtime cache, release every lane, then the engine; for one caller, once."""
+        """Release every lane, between what comes first and last; for one caller, once."""
         with self._lock:
             self._closed = True
             lanes, self._all = self._all, []
             self._idle.clear()
         # Not under the lock: a lane waits for its step, and that thread may want to give back one.
-        with ExitStack() as stack:  # the last is done first, each whatever becomes of the others
-            engines: list[LoadedEngine[StepContract] | LoadedEngine[DecodeGraphContract]]
-            engines = [self._engine, *([] if self._decode_graph is None else [self._decode_graph])]
-            for engine in engines:
-                stack.callback(engine.close)
-            for lane in lanes:
-                stack.callback(lane.close)
-            for engine in engines:
-                stack.callback(engine.save_runtime_cache)
+        with ExitStack() as stack:  # the last is done first
+            for act in (*reversed(self._last), *(lane.close for lane in lanes)):
+                stack.callback(act)
+            for act in reversed(self._first):
+                stack.callback(act)
 
-    def _begin(self, rows: int) -> EngineLane:
+    def _begin(self, rows: int) -> AnyLane:
         lane = self._choose(rows)
         try:
             lane.begin(rows)
@@ -116,17 +139,15 @@ class LanePool:
             raise
         return lane
 
-    def _choose(self, rows: int) -> EngineLane:
+    def _choose(self, rows: int) -> AnyLane:
         """An idle lane, one that has a cache of `rows` already before any other; else a new one."""
         for lane in sorted(self._idle, key=lambda idle: idle.rows != rows):
             self._idle.remove(lane)
             return lane
         return self._new(rows)
 
-    def _new(self, rows: int) -> EngineLane:
-        lane = EngineLane(
-            self._engine, self._cuda, self._limits, self._vocab_size, rows, self._decode_graph
-        )
+    def _new(self, rows: int) -> AnyLane:
+        lane = self._make(rows)
         self._all.append(lane)
         return lane
 
@@ -135,6 +156,6 @@ class LanePool:
             self._idle.remove(lane)
             self._discard(lane)
 
-    def _discard(self, lane: EngineLane) -> None:
+    def _discard(self, lane: AnyLane) -> None:
         self._all = [own for own in self._all if own is not lane]
         lane.close()
