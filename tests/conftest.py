@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command_calls import Built, Call, Main, Outcome, build_bundle
+from tests.command_calls import Built, Call, Main, Outcome
 from tests.stand_in_driver import StandInDriver, compile_driver
 from tests.tiny_doge import MOE, write_checkpoint
 
@@ -20,11 +22,31 @@ os.environ["TRITON_INTERPRET"] = "1"
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
+def pytest_collection_finish() -> None:
+    """What modules hold is no garbage: tests that collect theirs need not look at it each time."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _messages_as_in_a_fresh_process() -> None:
     """A command that ran before, in a test or in a fixture, has set what its packages log."""
     for package in ("plugins", "model", "runtime", "export"):
         logging.getLogger(package).setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _networks_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The build command exports what no test of this run has exported before, copies the rest."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOGE_TESTS_RUN_FOLDER", str(shared))
+        if "export.pipeline" in sys.modules:  # else no test module builds a bundle
+            from tests.shared_exports import export_once
+
+            patch.setattr("export.pipeline.export_onnx", export_once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +98,19 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 @pytest.fixture(scope="session")
-def moe_bundle(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def moe_bundle(tiny_moe: Path) -> Built:
     """Random experts, no tokenizer, no engine."""
-    path = tmp_path_factory.mktemp("bundles") / "moe"
-    arguments = ("--backend", "none", "--router", "per_token", "--output", path)
-    return Built(path, build_bundle("--model", tiny_moe, *arguments))
+    from tests.shared_exports import bundle_once
+
+    return bundle_once("moe", "--model", tiny_moe, "--backend", "none", "--router", "per_token")
 
 
 @pytest.fixture(scope="session")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def text_bundle() -> Built:
     """The bundled checkpoint, which has a tokenizer."""
-    path = tmp_path_factory.mktemp("bundles") / "doge-tiny"
-    return Built(path, build_bundle("--backend", "none", "--output", path))
+    from tests.shared_exports import bundle_once
+
+    return bundle_once("doge-tiny", "--backend", "none")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from export.quality import BOUNDS
 from runtime import compare, generate, score
 from runtime.bundle import Bundle
 from runtime.command import FAILURE, SUCCESS, USAGE
+from tests.export.conftest import SLOTS
 from tests.golden_cases import GOLDEN_CASES
 
 CASES = ("g1", "g3", "g3_moe", "g4h_window")
@@ -30,6 +31,7 @@ def built(
     """A golden case and the bundle that the build command made of it, engine included."""
     path = tmp_path_factory.mktemp("bundles") / request.param
     arguments = ("--model", golden(request.param), "--output", path, "--quiet", "--json")
+    arguments = (*arguments, "--max-seq-len", SLOTS.get(request.param, 96))
     assert build_engine.main([str(argument) for argument in arguments]) == SUCCESS
     return request.param, path
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export.graph import export_onnx
 from model.checkpoint import load_checkpoint
 from model.contract import StepContract, step_contract
 from model.seed_rewrites import rewrite_for_export
@@ -20,6 +19,7 @@ from runtime.backends.narrow_cache import PromptModel
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.backends.torch_backend import TorchBackend
 from runtime.cpu_threads import CpuThreads
+from tests.shared_exports import export_once
 
 # The contract is 1e-3 at logits of size 30. Without norms of queries and keys attention amplifies
 # rounding: the specification in float64 is 9e-5 from g4h's stored float32 numbers, ONNX Runtime
@@ -41,7 +41,7 @@ class Exported:
         self.network = load_checkpoint(folder)
         self.rewritten, _ = rewrite_for_export(self.network, self.slots)
         self.contract = self.contract_with()
-        self.path = export_onnx(self.rewritten, work / "model.onnx", max_seq_len=self.slots)
+        self.path = export_once(self.rewritten, work / "model.onnx", max_seq_len=self.slots)
         self.torch: Backend = TorchBackend(self.network, limits=self.limits, variant="fp32")
         self.onnxruntime: Backend = self.backend_on(self.path, self.contract)
 

@@ -19,7 +19,6 @@ from onnx.reference.op_run import OpRun
 
 from export.aot_build import model_kernels, register_aot
 from export.functions import doge_nodes
-from export.graph import export_onnx
 from export.lowerings.aot_plugins import use_aot_plugins
 from export.lowerings.tensorrt import lower_for_tensorrt
 from model.checkpoint import load_checkpoint
@@ -32,6 +31,7 @@ from runtime.backends.base import BackendUnavailableError
 from runtime.tensorrt_module import load_plugin_module, load_tensorrt
 from tests.aot_runs import run_plugin
 from tests.fake_tensorrt_plugin import FakeTensorRt
+from tests.shared_exports import export_once
 from tests.tiny_doge import MOE, write_checkpoint
 
 SLOTS = 64
@@ -56,7 +56,7 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         if name not in made:
             folder = write_checkpoint(tmp_path_factory.mktemp(name), **MODELS[name])
             network, _ = rewrite_for_export(load_checkpoint(folder), SLOTS)
-            made[name] = export_onnx(network, folder / "model.onnx", max_seq_len=SLOTS)
+            made[name] = export_once(network, folder / "model.onnx", max_seq_len=SLOTS)
         return made[name]
 
     return get
@@ -133,7 +133,7 @@ def test_one_bias_for_the_batch_is_an_attribute(canonical, tmp_path):
 
 def test_window_that_drops_keys_is_not_covered(tmp_path):
     folder = write_checkpoint(tmp_path, num_hidden_layers=1, keep_window_size=16)
-    path = export_onnx(load_checkpoint(folder), folder / "model.onnx", max_seq_len=SLOTS)
+    path = export_once(load_checkpoint(folder), folder / "model.onnx", max_seq_len=SLOTS)
     message = r"DynamicMaskAttention \(.*\) cannot .*: queries keep 16 of 64 keys"
     with pytest.raises(ValueError, match=message):
         lower_for_tensorrt(path, tmp_path, "float16", aot_plugins=True)

@@ -13,7 +13,6 @@ import export.engine
 from export.builder_callbacks import BuildLog, make_logger
 from export.decode_graph import SAMPLING, WIDTH, write_decode_graph
 from export.engine import EngineBuildError, EngineConfig, build_engine
-from export.graph import export_onnx
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.plan.entries import CompiledPlan
 from export.profiles import step_profiles
@@ -28,9 +27,10 @@ from runtime.engines.decode_graph import DecodeGraphContract, decode_graph_of, e
 from runtime.engines.header import read_engine_header
 from runtime.tensorrt_module import load_tensorrt
 from tests.command_calls import Call, build_bundle
+from tests.shared_exports import export_once
 
 SLOTS = 80  # no other size of these models
-LIMITS = ("--max-batch-size", 2, "--max-input-len", 16, "--max-seq-len", 48)
+LIMITS = ("--max-batch-size", 2, "--max-input-len", 16, "--max-seq-len", 64)
 
 
 class Lowered:
@@ -38,7 +38,7 @@ class Lowered:
 
     def __init__(self, checkpoint: Path, folder: Path, dtype: str = "float16") -> None:
         self.network = load_checkpoint(checkpoint)
-        canonical = export_onnx(self.network, folder / "model.onnx", max_seq_len=SLOTS)
+        canonical = export_once(self.network, folder / "model.onnx", max_seq_len=SLOTS)
         self.step = step_contract(
             self.network.config, self.network.generation, max_seq_len=SLOTS, cache_dtype=dtype
         )

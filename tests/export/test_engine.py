@@ -20,7 +20,6 @@ from export.engine import (
     read_plan_of_build,
 )
 from export.estimate import estimate
-from export.graph import export_onnx
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.plan.entries import READ_VERSION
 from export.profiles import step_profiles
@@ -32,6 +31,7 @@ from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import BackendUnavailableError, Limits
 from runtime.tensorrt_module import load_tensorrt
 from tests.golden_cases import GOLDEN_CASES
+from tests.shared_exports import export_once
 from tests.tiny_doge import write_checkpoint
 
 
@@ -93,7 +93,7 @@ def test_released_shapes_have_the_published_parameter_counts(name):
 def test_engine_for_sm89_builds_without_a_gpu(request, kind, precision, tmp_path):
     network = load_checkpoint(request.getfixturevalue(kind))
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[precision]
-    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    path = export_once(network, tmp_path / "model.onnx", max_seq_len=64)
     path = lower_for_tensorrt(path, tmp_path, dtype)
     contract = step_contract(network.config, network.generation, max_seq_len=64, cache_dtype=dtype)
     config = EngineConfig(precision=precision, max_input_len=64, max_seq_len=64)
@@ -129,7 +129,7 @@ def test_engine_builds_for_a_seed_whose_retrieval_is_a_constant(tmp_path, dtype)
     """As published checkpoints are expected to be: mask all one, value keys all zero."""
     network = load_checkpoint(write_checkpoint(tmp_path, generation="g1", untrained=True))
     rewritten, _ = rewrite_for_export(network, 64)
-    path = export_onnx(rewritten, tmp_path / "model.onnx", max_seq_len=64)
+    path = export_once(rewritten, tmp_path / "model.onnx", max_seq_len=64)
     path = lower_for_tensorrt(path, tmp_path, dtype)
     contract = step_contract(network.config, network.generation, max_seq_len=64, cache_dtype=dtype)
     precision = {"float16": "fp16", "float32": "fp32"}[dtype]
@@ -141,7 +141,7 @@ def test_engine_builds_for_a_seed_whose_retrieval_is_a_constant(tmp_path, dtype)
 @pytest.mark.slow
 def test_model_that_breaks_the_contract_builds_no_engine(tiny_dense, tmp_path):
     network = load_checkpoint(tiny_dense)
-    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    path = export_once(network, tmp_path / "model.onnx", max_seq_len=64)
     model = ir.load(path)
     model.graph.outputs[0].name = "scores"
     broken = tmp_path / "broken.onnx"
@@ -155,7 +155,7 @@ def test_model_that_breaks_the_contract_builds_no_engine(tiny_dense, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_during_the_build_stops_it(tiny_dense, tmp_path):
     network = load_checkpoint(tiny_dense)
-    path = export_onnx(network, tmp_path / "model.onnx", max_seq_len=64)
+    path = export_once(network, tmp_path / "model.onnx", max_seq_len=64)
     contract = step_contract(network.config, network.generation, max_seq_len=64)
     config = EngineConfig(precision="fp32", max_input_len=64, max_seq_len=64)
 

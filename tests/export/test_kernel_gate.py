@@ -37,32 +37,33 @@ STREAMING = (
 pytestmark = pytest.mark.slow
 
 
+# Kernels of ops by their use, and those of a step of ours.
+SPECS = {label: kernels_of([use]) for label, use in USES.items()} | {
+    "prompt": tuple(prompt_specs()),
+    "ending": tuple(ending_specs()),
+}
+
+
 @pytest.fixture(scope="module")
 def compiled():
-    """Every kernel of every use for every target, by use."""
-    specs = {spec.name: spec for use in USES.values() for spec in kernels_of([use])}
-    kernels = compile_kernels(specs.values(), TARGETS)
-    return {
-        label: [k for k in kernels if k.spec.name in {s.name for s in kernels_of([use])}]
-        for label, use in USES.items()
-    }
+    """Each kernel for every target, by name; the compiler's processes start once for all."""
+    specs = {spec.name: spec for group in SPECS.values() for spec in group}
+    kernels = {name: [] for name in specs}
+    for kernel in compile_kernels(specs.values(), TARGETS):
+        kernels[kernel.spec.name].append(kernel)
+    return kernels
 
 
-@pytest.mark.parametrize("label", USES)
-def test_kernels_of_ops_fit_a_gpu_and_read_wide(compiled, label):
-    assert {kernel.target for kernel in compiled[label]} == set(TARGETS)
-    for kernel in compiled[label]:
-        check_code(kernel)
+@pytest.mark.parametrize("label", SPECS)
+def test_kernels_fit_a_gpu_and_read_wide(compiled, label):
+    for spec in SPECS[label]:
+        assert {kernel.target for kernel in compiled[spec.name]} == set(TARGETS)
+        for kernel in compiled[spec.name]:
+            check_code(kernel)
 
 
 def test_kernels_of_projections_fit_a_gpu_and_read_wide():
     for kernel in compile_kernels(projection_specs(), ("sm89", "sm90")):
-        check_code(kernel)
-
-
-@pytest.mark.parametrize("specs", [prompt_specs, ending_specs])
-def test_kernels_of_a_step_of_ours_fit_a_gpu_and_read_wide(specs):
-    for kernel in compile_kernels(specs(), TARGETS):
         check_code(kernel)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from export.build_kernels import TARGETS
-from export.kernel_compiler import compile_kernels
+from export.kernel_compiler import CompiledKernel, compile_kernels
 from plugins.dynamic_mask_attention.step_launches import (
     StepAppend,
     make_step_attention,
@@ -96,14 +96,26 @@ def value_specs() -> Iterator[KernelSpec]:
         ).spec  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "specs",
-    [attention_specs, projection_specs, expert_specs, value_specs],
-    ids=lambda f: f.__name__,
-)
-def test_kernels_of_a_step_fit_a_gpu_and_read_wide(specs) -> None:
-    by_name = {spec.name: spec for spec in specs()}
-    for kernel in compile_kernels(by_name.values(), TARGETS):
+PARTS = {
+    make.__name__: {spec.name: spec for spec in make()}
+    for make in (attention_specs, projection_specs, expert_specs, value_specs)
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[CompiledKernel]:
+    """The kernels of all parts; the compiler's processes start once for all."""
+    specs = {name: spec for part in PARTS.values() for name, spec in part.items()}
+    return compile_kernels(specs.values(), TARGETS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_of_a_step_fit_a_gpu_and_read_wide(
+    compiled: list[CompiledKernel], part: str
+) -> None:
+    kernels = [kernel for kernel in compiled if kernel.spec.name in PARTS[part]]
+    assert len(kernels) == len(PARTS[part]) * len(TARGETS)
+    for kernel in kernels:
         where = f"{kernel.spec.name} for {kernel.target}"
         used = resources(kernel.cubin)
         assert (used.stack, used.local) == (0, 0), f"{where} spills: {used}"

@@ -9,7 +9,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export.graph import export_onnx
 from export.lowerings.value_norm import give_values_their_own_norm
 from model.checkpoint import load_checkpoint
 from model.contract import step_contract
@@ -17,23 +16,24 @@ from model.seed_rewrites import rewrite_for_export
 from runtime.backends.base import Limits
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.cpu_threads import CpuThreads
+from tests.shared_exports import export_once
 from tests.tiny_doge import write_checkpoint
 
-LIMITS = Limits(max_batch_size=2, max_input_len=32, max_seq_len=32)
+LIMITS = Limits(max_batch_size=2, max_input_len=64, max_seq_len=64)
 
 
 @pytest.fixture(scope="module")
 def canonical(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_checkpoint(tmp_path_factory.mktemp("seed"), generation="g1", untrained=True)
-    rewritten, _ = rewrite_for_export(load_checkpoint(folder), 32)
-    return export_onnx(rewritten, folder / "model.onnx", max_seq_len=32)
+    rewritten, _ = rewrite_for_export(load_checkpoint(folder), 64)
+    return export_once(rewritten, folder / "model.onnx", max_seq_len=64)
 
 
 def logits(path: Path) -> np.ndarray:
     network = load_checkpoint(path.parent)
     backend = OnnxRuntimeBackend(
         make_session(str(path), CpuThreads(1)),
-        step_contract(network.config, network.generation, max_seq_len=32),
+        step_contract(network.config, network.generation, max_seq_len=64),
         limits=LIMITS,
         variant="fp32",
         vocab_size=97,
@@ -56,7 +56,7 @@ def test_every_layer_is_rewritten_and_the_logits_stay(canonical: Path) -> None:
 
 
 def test_other_models_are_left_as_they_are(tiny_dense: Path, tmp_path: Path) -> None:
-    path = export_onnx(load_checkpoint(tiny_dense), tmp_path / "model.onnx", max_seq_len=32)
+    path = export_once(load_checkpoint(tiny_dense), tmp_path / "model.onnx", max_seq_len=64)
     model = ir.load(path)
     before = [node.op_type for node in model.graph]
     assert give_values_their_own_norm(model) == 0

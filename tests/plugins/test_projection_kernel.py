@@ -50,6 +50,14 @@ def label(fmt: WeightFormat) -> str:
     return f"{fmt.kind}{fmt.group or ''}"
 
 
+@pytest.fixture
+def tall_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows in a program as of a large matrix; the interpreter runs programs one by one."""
+    for name in ("launches.ENOUGH_PROGRAMS", "launches.ENOUGH_HEAD_PROGRAMS"):
+        monkeypatch.setattr(f"plugins.projection.{name}", 1)
+    monkeypatch.setattr("plugins.projection.matrix._FEW_PROGRAMS", 1)
+
+
 @dataclass
 class Memory:
     """Tensors with something that must not be read or written before and after each."""
@@ -214,8 +222,10 @@ CASES = [
     ids=[f"{label(f)}-{'norm' if n else 'bare'}-{e}-b{b}" for f, n, e, b in CASES],
 )
 def test_projection_equals_float64(
-    fmt: WeightFormat, norm: bool, epilogue: Epilogue, batch: int
+    request: pytest.FixtureRequest, fmt: WeightFormat, norm: bool, epilogue: Epilogue, batch: int
 ) -> None:
+    if batch > 1:
+        request.getfixturevalue("tall_tiles")
     projection = Projection(
         rows=22,
         columns=3 * max(fmt.group, 32),
@@ -226,6 +236,7 @@ def test_projection_equals_float64(
         epilogue=epilogue,
         batch=batch,
     )
+    assert grid_of(projection.spec.grid, {"batch": batch})[1] > 1
     assert run_projection(projection, batch) < TOLERANCES["float32"]
 
 
@@ -439,7 +450,11 @@ def run_head(
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=label)
-def test_head_gives_logits_their_best_token_and_its_row(fmt: WeightFormat, batch: int) -> None:
+def test_head_gives_logits_their_best_token_and_its_row(
+    request: pytest.FixtureRequest, fmt: WeightFormat, batch: int
+) -> None:
+    if batch > 1:
+        request.getfixturevalue("tall_tiles")
     columns = 3 * max(fmt.group, 16)
     head = Head(
         vocab_size=53,
@@ -455,6 +470,7 @@ def test_head_gives_logits_their_best_token_and_its_row(fmt: WeightFormat, batch
     x, norm = randn(batch, columns, seed=1), 1 + randn(columns, seed=2)
     run = run_head(head, x, norm, packed, packed)
     expected = normed(x, norm) @ matrix_of(packed).T
+    assert grid_of(head.spec.grid, {"batch": batch})[1] > 1
     assert run.logits is not None and run.tokens is not None and run.next_x is not None
     assert error(run.logits, expected) < TOLERANCES["float32"]
     assert run.tokens.tolist() == expected.argmax(-1).tolist()
@@ -648,17 +664,26 @@ def test_negative_zero_equals_zero() -> None:
     assert run.tokens.tolist() == [1]
 
 
-@pytest.mark.parametrize("where", ["one", "all"])
-def test_token_of_logits_that_are_no_numbers_is_a_token(where: str) -> None:
-    logits = np.ones((1, 13))
-    logits[0, slice(4, 5) if where == "one" else slice(None)] = np.nan
+@pytest.mark.parametrize("where", [slice(4, 5), slice(None)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    ("number", "token"), [(np.nan, -1), (-np.nan, -1), (np.inf, -1), (-np.inf, None)]
+)
+def test_logits_that_are_no_finite_numbers_give_no_token(
+    where: slice, number: float, token: int | None
+) -> None:
     columns = np.zeros((13, 32), np.float32)
-    columns[:, 0] = logits
+    columns[:, 0] = 1
+    columns[where, 0] = number
     head = Head(vocab_size=13, columns=32, weights=FORMATS[0], activation="float32")
     packed = PackedMatrix(format=FORMATS[0], rows=13, columns=32, weights=columns, scales=None)
-    run = run_head(head, torch.ones(1, 32), torch.ones(32), packed)
+    # Only the first number of each row counts: infinity times zero would be no number.
+    x = torch.zeros(1, 32)
+    x[0, 0] = 1
+    run = run_head(head, x, torch.ones(32), packed)
     assert run.tokens is not None
-    assert 0 <= run.tokens.item() < 13
+    if token is None:  # one token less to take
+        token = 0 if where == slice(4, 5) else -1
+    assert run.tokens.tolist() == [token]
 
 
 @pytest.mark.parametrize("activation", DTYPES)

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from export import build_engine
 from runtime.backends import open_backend
 from runtime.backends.base import Backend
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from runtime.bundle import Bundle
-from runtime.command import SUCCESS
 from runtime.cpu_threads import CpuThreads
 from runtime.sampling import SamplingParams, make_sampler
 from runtime.session import GenerationEvent, GenerationSession
 from runtime.token_chooser import TokenChooser
+from tests.command_calls import Built
 
 PROMPTS = [[3, 14, 15], [92], [65, 35, 89, 79, 32]]
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = tmp_path_factory.mktemp("bundles") / "moe"
-    arguments = ["--model", str(tiny_moe), "--backend", "none", "--output", str(path)]
-    assert build_engine.main([*arguments, "--router", "per_token", "--quiet"]) == SUCCESS
-    return Bundle.open(path, verify=True)
+def bundle(moe_bundle: Built) -> Bundle:
+    return Bundle.open(moe_bundle.path, verify=True)
 
 
 @pytest.fixture

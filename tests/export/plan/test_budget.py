@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from export.engine import EngineConfig, EngineReport, Precision, build_engine
-from export.graph import export_onnx
 from export.lowerings.engine_weights import weight_format
 from export.lowerings.tensorrt import PASSES, lower_for_tensorrt
 from export.plan.summary import PlanSummary
@@ -19,6 +18,7 @@ from model.contract import step_contract
 from model.random_weights import write_random_checkpoint
 from model.released import ReleasedShape, released_shape
 from model.seed_rewrites import rewrite_for_export
+from tests.shared_exports import export_once
 
 
 def built(
@@ -32,7 +32,7 @@ def built(
     """The report of an engine whose arithmetic is float16."""
     network = load_checkpoint(checkpoint)
     rewritten, _ = rewrite_for_export(network, slots)
-    path = export_onnx(rewritten, work / "model.onnx", max_seq_len=slots)
+    path = export_once(rewritten, work / "model.onnx", max_seq_len=slots)
     weights = weight_format(precision)
     path = lower_for_tensorrt(path, work, "float16", weights=weights, left_out=left_out)
     contract = step_contract(

@@ -24,7 +24,7 @@ def model_of(
 
     def get(case: str, form: str) -> Model:
         if case not in cases:
-            cases[case] = Exported(golden(case), tmp_path_factory.mktemp(case), slots=64)
+            cases[case] = Exported(golden(case), tmp_path_factory.mktemp(case))
             # The backend is opened once; what is replayed may close it.
             cases[case].torch.close = lambda: None  # type: ignore[method-assign]
         if (case, form) not in models:

@@ -17,21 +17,26 @@ from runtime.comparison.record import Run, Subject, record_run
 from runtime.comparison.run_report import RunReport, compare_runs
 from runtime.comparison.taps import comparison_taps, sources_of
 
-SLOTS, STEPS = 64, 6
-LIMITS = Limits(max_batch_size=1, max_input_len=SLOTS, max_seq_len=SLOTS)
+STEPS = 6
 PROMPTS = [[int(i) for i in np.random.default_rng(seed).integers(0, 97, 12)] for seed in (3, 4)]
 BeforeStep = Callable[[Backend, Cache, int], None]
 
 
+def slots_of(network: DogeForCausalLM) -> int:
+    """As many as golden cases are exported with; the seed's mask ends before."""
+    return min(96, network.config.max_position_embeddings)
+
+
 def subject_of(network: DogeForCausalLM, rung: str) -> Subject:
+    slots = slots_of(network)
     return Subject(
         rung=rung,
         precision="fp32",
         weights_sha256="0" * 64,
         config=network.config.as_dict(),
         generation=network.generation.name,
-        max_input_len=SLOTS,
-        max_seq_len=SLOTS,
+        max_input_len=slots,
+        max_seq_len=slots,
     )
 
 
@@ -42,9 +47,10 @@ def run_torch(
     before_step: BeforeStep | None = None,
     steps: int = STEPS,
 ) -> Run:
-    config, generation = network.config, network.generation
-    taps = comparison_taps(config, generation, selects=config.keep_window_size < SLOTS)
-    backend = TorchBackend(network, limits=LIMITS, variant="fp32")
+    config, generation, slots = network.config, network.generation, slots_of(network)
+    taps = comparison_taps(config, generation, selects=config.keep_window_size < slots)
+    limits = Limits(max_batch_size=1, max_input_len=slots, max_seq_len=slots)
+    backend = TorchBackend(network, limits=limits, variant="fp32")
     backend.tap_values(sources_of(taps))
     fed = None if like is None else [prompt.tokens for prompt in like.prompts]
     return record_run(

@@ -68,14 +68,14 @@ class FaultyCase:
     """A golden case with both forms of its ONNX model, into which faults are planted."""
 
     def __init__(self, folder: Path, work: Path) -> None:
-        self.exported = Exported(folder, work, slots=64)
-        network = self.exported.network
+        self.exported = Exported(folder, work)
+        network, slots = self.exported.network, self.exported.slots
         self.config, self.generation = network.config, network.generation
         self.taps = comparison_taps(
-            self.config, self.generation, selects=self.config.keep_window_size < 64
+            self.config, self.generation, selects=self.config.keep_window_size < slots
         )
         lowered = work / "lowered.onnx"
-        model = lower_for_cpu(self.exported.path, lowered, self.config, slots=64)
+        model = lower_for_cpu(self.exported.path, lowered, self.config, slots=slots)
         self._paths = {"canonical": self.exported.path, "lowered": lowered}
         self._score_heads = {"canonical": None, "lowered": model.score_heads}
         self.work = work

@@ -33,7 +33,7 @@ def exported(
     golden: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Exported:
-    return Exported(golden(request.param), tmp_path_factory.mktemp(request.param), slots=64)
+    return Exported(golden(request.param), tmp_path_factory.mktemp(request.param))
 
 
 def run_onnx(case: Exported, path: Path, heads: int | None, like: Run) -> Run:

@@ -84,6 +84,7 @@ def test_engine_of_a_bundle_fits_its_manifest_on_each_of_its_targets_and_on_no_o
     tiny_dense: Path, tmp_path: Path
 ) -> None:
     arguments = ("--model", tiny_dense, "--output", tmp_path / "bundle", "--cpu", "none")
+    arguments = (*arguments, "--max-seq-len", 64, "--no-sampling-tail")
     build_bundle(*arguments, "--target", "sm86,sm89")
     bundle = Bundle.open(tmp_path / "bundle")
     variant = bundle.variant("tensorrt_rtx")
