@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("doge-20m", "doge-60m", "doge-160m", "doge-320m", "doge-20m-moe", "doge-120m-moe")
 PRECISIONS = ("fp16", "bf16", "int8", "int4")
+# The smallest, whose steps are launches rather than bytes.
+PERSISTENT_SHAPES = ("doge-20m", "doge-60m")
 SECTIONS = "environment,bandwidth,decode_speed"
 # Enough for all of it where compiling takes a minute a model; less leaves out the last of it.
 TIME_LIMIT_S = 3600
@@ -33,6 +35,7 @@ def build_commands(
                 sys.executable, "export/build_engine.py", "--random-weights", shape,
                 "--backend", "cuda", "--cpu", "none", "--precision", precision,
                 "--target", target, "--output", str(folder / shape),
+                *(["--persistent"] if shape in PERSISTENT_SHAPES else []),
             ]  # fmt: skip
 
 

@@ -78,6 +78,12 @@ def make_parser() -> CommandParser:
         "from inside the engine (doge-aot, standard TensorRT only), whole decoder layers (layer)",
     )
     parser.add_argument(
+        "--persistent",
+        action="store_true",
+        help="with --backend cuda, add a variant that decodes one sequence greedily by one launch "
+        "for several tokens (small dense models; not measured yet)",
+    )
+    parser.add_argument(
         "--sampling-tail",
         action=argparse.BooleanOptionalAction,
         help="build a second engine that chooses tokens by itself, which takes the weights' memory "
@@ -197,6 +203,8 @@ def _sampling_tail(args: argparse.Namespace) -> bool:
 
 def _cuda_request(args: argparse.Namespace) -> CudaRequest | None:
     if args.backend != CUDA:
+        if args.persistent:
+            raise UsageError(f"--persistent is for --backend {CUDA}, not {args.backend}")
         return None
     if args.precision not in STEP_PRECISIONS:
         raise UsageError(
@@ -207,7 +215,11 @@ def _cuda_request(args: argparse.Namespace) -> CudaRequest | None:
         raise UsageError(
             f"--plugin {args.plugin} is for engines; --backend {CUDA} is nothing but our kernels"
         )
-    return CudaRequest(precision=args.precision, targets=tuple(args.target.split(",")))
+    return CudaRequest(
+        precision=args.precision,
+        targets=tuple(args.target.split(",")),
+        persistent=args.persistent,
+    )
 
 
 def _cpu_request(args: argparse.Namespace) -> CpuRequest | None:

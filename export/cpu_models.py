@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from export.build_setting import BuildSetting
 from export.cache_scales import calibrate_cache
 from export.checks import check_numbers
 from export.graph import MODEL_NAME
@@ -22,13 +23,9 @@ from export.lowerings.cpu import (
     lower_for_cpu,
 )
 from export.lowerings.grouped_query_attention import CacheScales
-from export.progress import BuildProgress
 from export.quality import Quality, QualityError, measure_quality, sample_text, text_windows
-from export.sources import Checkpoint
 from export.token_choice import WIDTH, export_token_choice
 from model.contract import StepContract, step_contract
-from model.doge import DogeForCausalLM
-from runtime.backends.base import Limits
 from runtime.backends.narrow_cache import save_scales
 from runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, make_session
 from runtime.manifest import Variant
@@ -112,50 +109,27 @@ class BuiltCpuModel:
 class CpuModelBuilder:
     """Makes models for the CPU of the canonical model in a folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        limits: Limits,
-        progress: BuildProgress,
-        *,
-        trained: bool,
-    ) -> None:
-        """Name what is built from.
+    def __init__(self, setting: BuildSetting) -> None:
+        """Name what is built from."""
+        self._setting = setting
 
-        Args:
-            folder: holds the canonical model and gets the new ones.
-            checkpoint: what that was made of.
-            limits: of every model in the folder.
-            progress: is told the stages.
-            trained: whether the weights mean anything; quality is measured only then, or on a text.
-        """
-        self._folder = folder
-        self._checkpoint = checkpoint
-        self._limits = limits
-        self._progress = progress
-        self._trained = trained
-
-    def build(
-        self, request: CpuRequest, load_network: Callable[[], DogeForCausalLM], *, force: bool
-    ) -> BuiltCpuModel:
+    def build(self, request: CpuRequest, *, force: bool) -> BuiltCpuModel:
         """Lower the canonical model and find out how good the result is.
 
         Args:
             request: which model.
-            load_network: the reference, asked for where all is float32.
             force: accept what loses more than its bound.
 
         Raises:
             ExportCheckError: a float32 model differs from PyTorch.
             QualityError: a narrow one loses more than its bound, and `force` is not set.
         """
-        path = self._folder / request.path
+        path = self._setting.writer.folder / request.path
         path.parent.mkdir(exist_ok=True)
         scales = self._cache_scales(request) if request.kv_cache_dtype == "int8" else None
         details: dict[str, Any] = {}
         files = [request.path, f"{request.path}.data"]
-        with self._progress.stage(f"lower to {request.name} for the CPU"):
+        with self._setting.progress.stage(f"lower to {request.name} for the CPU"):
             lowered = self._lower(request, path, cache_scales=scales)
             if scales is not None:
                 details["prompt_model"] = self._add_prompt_model(request, scales)
@@ -163,12 +137,12 @@ class CpuModelBuilder:
         checks: dict[str, dict[str, Any]] = {}
         quality = None
         if request.name == "fp32":
-            network = load_network()
-            with self._progress.stage("check the CPU model"):
+            network = self._setting.load_network()
+            with self._setting.progress.stage("check the CPU model"):
                 checks["cpu_fp32_against_torch"] = check_numbers(
-                    path, self._contract(lowered), network, self._limits, rows_alone=True
+                    path, self._contract(lowered), network, self._setting.limits, rows_alone=True
                 )
-        elif self._trained or request.eval_text is not None:
+        elif self._setting.trained or request.eval_text is not None:
             quality = self._measure(request, path, lowered, force=force)
             checks[f"cpu_{request.name}_quality"] = {
                 "passed": quality.accepted,
@@ -195,10 +169,10 @@ class CpuModelBuilder:
 
     def _lower(self, request: CpuRequest, path: Path, **options: Any) -> CpuModel:
         return lower_for_cpu(
-            self._folder / MODEL_NAME,
+            self._setting.writer.folder / MODEL_NAME,
             path,
-            self._checkpoint.config,
-            slots=self._limits.max_seq_len,
+            self._setting.checkpoint.config,
+            slots=self._setting.limits.max_seq_len,
             precision=request.precision,
             **options,
         )
@@ -207,10 +181,10 @@ class CpuModelBuilder:
         self, request: CpuRequest, scales: Sequence[CacheScales]
     ) -> dict[str, Any]:
         """Write what fills a cache of 8 bits from a float32 one; returns the variant's detail."""
-        weights = self._folder / request.path
-        self._lower(request, self._folder / request.prompt_path, weights_of=weights)
+        weights = self._setting.writer.folder / request.path
+        self._lower(request, self._setting.writer.folder / request.prompt_path, weights_of=weights)
         save_scales(
-            self._folder / request.scales_path,
+            self._setting.writer.folder / request.scales_path,
             np.stack([np.stack([layer.key, layer.value]) for layer in scales]),
         )
         return {
@@ -221,18 +195,18 @@ class CpuModelBuilder:
 
     def _token_choice(self) -> tuple[str, ...]:
         """Write the model that chooses tokens, which all CPU models share, if it is not there."""
-        path = self._folder / TOKEN_CHOICE
+        path = self._setting.writer.folder / TOKEN_CHOICE
         if path.exists():
             return ()
-        export_token_choice(path, self._checkpoint.config.vocab_size)
+        export_token_choice(path, self._setting.checkpoint.config.vocab_size)
         return (TOKEN_CHOICE,)
 
     def _cache_scales(self, request: CpuRequest) -> list[CacheScales]:
         reference = self._canonical()
-        with self._progress.stage("calibrate the cache"):
+        with self._setting.progress.stage("calibrate the cache"):
             windows = self._windows(request)
             if windows is None:
-                windows = sample_text(reference, self._checkpoint.config.bos_token_id)
+                windows = sample_text(reference, self._setting.checkpoint.config.bos_token_id)
             scales = calibrate_cache(reference, windows)
         reference.close()
         return scales
@@ -244,12 +218,12 @@ class CpuModelBuilder:
         candidate = self._backend(
             path, self._contract(lowered), rows_alone=True, chunk_length=CHUNK_LENGTH
         )
-        with self._progress.stage(f"measure the quality of {request.name}"):
+        with self._setting.progress.stage(f"measure the quality of {request.name}"):
             quality = measure_quality(
                 reference,
                 candidate,
                 bits=CPU_BITS.get(request.precision, 8),
-                first_token=self._checkpoint.config.bos_token_id,
+                first_token=self._setting.checkpoint.config.bos_token_id,
                 windows=self._windows(request),
             )
         for backend in (reference, candidate):
@@ -263,27 +237,27 @@ class CpuModelBuilder:
         return quality
 
     def _canonical(self) -> OnnxRuntimeBackend:
-        checkpoint = self._checkpoint
+        checkpoint = self._setting.checkpoint
         contract = step_contract(
-            checkpoint.config, checkpoint.generation, max_seq_len=self._limits.max_seq_len
+            checkpoint.config, checkpoint.generation, max_seq_len=self._setting.limits.max_seq_len
         )
-        return self._backend(self._folder / MODEL_NAME, contract)
+        return self._backend(self._setting.writer.folder / MODEL_NAME, contract)
 
     def _contract(self, lowered: CpuModel) -> StepContract:
         return step_contract(
-            self._checkpoint.config,
-            self._checkpoint.generation,
-            max_seq_len=self._limits.max_seq_len,
+            self._setting.checkpoint.config,
+            self._setting.checkpoint.generation,
+            max_seq_len=self._setting.limits.max_seq_len,
             cache_dtype=lowered.cache_dtype,
             score_heads=lowered.score_heads,
         )
 
     def _backend(self, path: Path, contract: StepContract, **options: Any) -> OnnxRuntimeBackend:
-        config = self._checkpoint.config
+        config = self._setting.checkpoint.config
         return OnnxRuntimeBackend(
             make_session(str(path)),
             contract,
-            limits=self._limits,
+            limits=self._setting.limits,
             variant=path.stem,
             vocab_size=config.vocab_size,
             router_mode=config.router_mode if config.is_moe else None,
@@ -293,4 +267,4 @@ class CpuModelBuilder:
     def _windows(self, request: CpuRequest) -> Sequence[Sequence[int]] | None:
         if request.eval_text is None:
             return None
-        return text_windows(request.eval_text, self._checkpoint, self._limits)
+        return text_windows(request.eval_text, self._setting.checkpoint, self._setting.limits)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.bundle_writer import BundleWriter
+from export.build_setting import BuildSetting
 from export.decode_graph import WIDTH, write_decode_graph
 from export.engine import (
     DTYPES,
@@ -25,13 +25,8 @@ from export.layer_engine import LayerEngine
 from export.lowerings.engine_weights import weight_format
 from export.lowerings.tensorrt import lower_for_tensorrt
 from export.profiles import step_profiles
-from export.progress import BuildProgress
 from export.quality import Quality
-from export.sources import Checkpoint
 from model.contract import StepContract, step_contract
-from model.doge import DogeForCausalLM
-from runtime.backends.base import Limits
-from runtime.bundle import Bundle
 from runtime.engines.decode_graph import DECODE_GRAPH, DecodeGraphContract, EngineInterface
 from runtime.manifest import Variant
 
@@ -60,38 +55,9 @@ class BuiltEngineModel:
 class EngineModelBuilder:
     """Makes engines of the canonical model in a bundle's folder."""
 
-    def __init__(
-        self,
-        writer: BundleWriter,
-        checkpoint: Checkpoint,
-        limits: Limits,
-        progress: BuildProgress,
-        *,
-        adopted: Bundle | None,
-        trained: bool,
-        eval_text: Path | None,
-        load_network: Callable[[], DogeForCausalLM],
-    ) -> None:
-        """Name what is built from.
-
-        Args:
-            writer: its folder holds the canonical model and gets the engines.
-            checkpoint: what that was made of.
-            limits: of every model in the folder.
-            progress: is told the stages.
-            adopted: the bundle whose parts are taken over, None for none.
-            trained: whether the weights mean anything; quality is measured only then, or on a text.
-            eval_text: a text to measure on; None samples one.
-            load_network: the checkpoint's network, for plugins that are whole layers.
-        """
-        self._writer = writer
-        self._checkpoint = checkpoint
-        self._limits = limits
-        self._progress = progress
-        self._adopted = adopted
-        self._trained = trained
-        self._eval_text = eval_text
-        self._load_network = load_network
+    def __init__(self, setting: BuildSetting) -> None:
+        """Name what is built from."""
+        self._setting = setting
 
     def build(self, config: EngineConfig, *, force: bool) -> BuiltEngineModel:
         """Lower the canonical model, find out how good the result is, and build the engine.
@@ -106,18 +72,20 @@ class EngineModelBuilder:
         """
         dtype = DTYPES[config.precision]
         contract = self._contract(dtype)
-        layers = LayerEngine(self._load_network(), config) if config.plugin == "layer" else None
-        with tempfile.TemporaryDirectory(dir=self._writer.folder) as scratch:
-            with self._progress.stage(f"lower to {config.precision}"):
+        layers = (
+            LayerEngine(self._setting.load_network(), config) if config.plugin == "layer" else None
+        )
+        with tempfile.TemporaryDirectory(dir=self._setting.writer.folder) as scratch:
+            with self._setting.progress.stage(f"lower to {config.precision}"):
                 lowered = self._lower(config, layers, Path(scratch))
             quality = self._measure(config, layers, lowered, force=force)
             kernels = self._kernels(config, layers, dtype)
-            with self._progress.stage("build engine"):
+            with self._setting.progress.stage("build engine"):
                 built = build_engine(
                     lowered,
                     config,
                     contract,
-                    self._progress,
+                    self._setting.progress,
                     kernels=kernels,
                     plugin_launches=1 if layers is None else layers.decode_launches,
                 )
@@ -125,7 +93,7 @@ class EngineModelBuilder:
             if config.sampling_tail:
                 graph = self._decode_graph(config, lowered, contract)
         relative = f"engines/{config.file_name}"
-        self._writer.path_for(relative).write_bytes(built.blob)
+        self._setting.writer.path_for(relative).write_bytes(built.blob)
         files = [relative]
         details = _engine_details(config, built.report, contract, dtype)
         if graph is not None:
@@ -134,7 +102,7 @@ class EngineModelBuilder:
         measured = None if quality is None else self._said_of(config, quality)
         details["quality"] = measured
         if weight_format(config.precision) is not None:
-            shape = (self._checkpoint.config, self._checkpoint.generation)
+            shape = (self._setting.checkpoint.config, self._setting.checkpoint.generation)
             details["read_bytes_per_token"] = estimate(*shape, config).read_bytes_per_token
         if layers is not None:
             details |= layers.details()
@@ -168,19 +136,19 @@ class EngineModelBuilder:
     ) -> dict[str, Any]:
         """Build the decode graph; what the manifest says of it."""
         contract = DecodeGraphContract(step)
-        with self._progress.stage("build decode graph"):
+        with self._setting.progress.stage("build decode graph"):
             model = write_decode_graph(lowered)
             profiles = step_profiles(config.limits)[:1]
-            built = build_engine(model, config, contract, self._progress, profiles=profiles)
+            built = build_engine(model, config, contract, self._setting.progress, profiles=profiles)
         path = f"engines/{config.decode_file_name}"
-        self._writer.path_for(path).write_bytes(built.blob)
+        self._setting.writer.path_for(path).write_bytes(built.blob)
         return {"path": path, "width": WIDTH, **_network_details(built.report, contract)}
 
     def _contract(self, cache_dtype: str) -> StepContract:
         return step_contract(
-            self._checkpoint.config,
-            self._checkpoint.generation,
-            max_seq_len=self._limits.max_seq_len,
+            self._setting.checkpoint.config,
+            self._setting.checkpoint.generation,
+            max_seq_len=self._setting.limits.max_seq_len,
             cache_dtype=cache_dtype,
         )
 
@@ -188,7 +156,7 @@ class EngineModelBuilder:
         if layers is not None:
             return layers.write(folder)
         return lower_for_tensorrt(
-            self._writer.folder / MODEL_NAME,
+            self._setting.writer.folder / MODEL_NAME,
             folder,
             DTYPES[config.precision],
             weights=weight_format(config.precision),
@@ -201,22 +169,22 @@ class EngineModelBuilder:
     ) -> Quality | None:
         """Measure what the engine's precision loses, before the long build."""
         name = config.variant_name
-        canonical = self._writer.folder / MODEL_NAME
+        canonical = self._setting.writer.folder / MODEL_NAME
         measured = EngineQuality(
             canonical,
-            self._checkpoint,
-            self._limits,
-            trained=self._trained,
-            eval_text=self._eval_text,
+            self._setting.checkpoint,
+            self._setting.limits,
+            trained=self._setting.trained,
+            eval_text=self._setting.eval_text,
         )
         reason = measured.why_not(config)
         if reason is not None:
             logger.info("the quality of %s is not measured: %s", name, reason)
             return None
-        with self._progress.stage(f"measure the quality of {name}"):
+        with self._setting.progress.stage(f"measure the quality of {name}"):
             if layers is not None:
-                text = self._eval_text
-                return layers.measure(name, self._checkpoint, eval_text=text, force=force)
+                text = self._setting.eval_text
+                return layers.measure(name, self._setting.checkpoint, eval_text=text, force=force)
             if config.plugin == "doge-aot":  # ONNX Runtime lacks these plugins; the weights count
                 folder = lowered.with_suffix("")
                 folder.mkdir()
@@ -233,11 +201,11 @@ class EngineModelBuilder:
         """Compile what the engine's plugins launch into the bundle; their names."""
         if config.plugin not in ("doge", "layer"):
             return frozenset()
-        uses = op_uses(self._writer.folder / MODEL_NAME, dtype) if layers is None else ()
+        uses = op_uses(self._setting.writer.folder / MODEL_NAME, dtype) if layers is None else ()
         specs = () if layers is None else layers.kernels
-        with self._progress.stage(f"compile kernels for {', '.join(config.targets)}"):
+        with self._setting.progress.stage(f"compile kernels for {', '.join(config.targets)}"):
             library = write_kernels(
-                uses, config.targets, self._writer, self._adopted, step_specs=specs
+                uses, config.targets, self._setting.writer, self._setting.adopted, step_specs=specs
             )
         return library.names
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from export.bundle_writer import BundleWriter
+from export.cuda_compiler import compile_cuda_kernels, is_cuda_source
 from export.kernel_compiler import CompiledKernel, compile_kernels
 from plugins.custom_op import DOMAIN, CustomOp
 from plugins.kernel_spec import KernelSpec
@@ -140,7 +141,7 @@ def write_kernels(
         The library of what the bundle holds now.
 
     Raises:
-        BackendUnavailableError: Triton is not installed.
+        BackendUnavailableError: Triton, or NVRTC where it is needed, is not installed.
         KernelCompileError: a kernel does not compile.
         ValueError: a use that no kernel covers, or kernels in `previous` that were altered.
     """
@@ -160,7 +161,11 @@ def write_kernels(
             wanted = kept_steps | wanted
             kept = None
     wanted |= {spec.name: spec for spec in kernels_of(uses)}
-    compiled = compile_kernels([wanted[name] for name in sorted(wanted)], targets)
+    every = [wanted[name] for name in sorted(wanted)]
+    compiled = compile_kernels([spec for spec in every if not is_cuda_source(spec)], targets)
+    compiled += compile_cuda_kernels(
+        [spec for spec in every if is_cuda_source(spec)], targets, compiled[0].triton_version
+    )
     entries = {(kernel.target, kernel.spec.name): describe(kernel) for kernel in compiled}
     cubins = {describe(kernel).file: kernel.cubin for kernel in compiled}
     if kept is not None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from export.build_setting import BuildSetting
 from export.bundle_writer import BundleWriter, same_source
 from export.checks import check_numbers, check_structure
 from export.cpu_models import CpuModelBuilder, CpuRequest
@@ -203,6 +204,18 @@ class _Build:
                 )
         return self._network
 
+    def _setting(self) -> BuildSetting:
+        return BuildSetting(
+            writer=self._writer,
+            checkpoint=self._checkpoint,
+            limits=self._request.limits,
+            progress=self._progress,
+            adopted=self._adopted,
+            trained=self._request.random_shape is None,
+            eval_text=self._request.eval_text,
+            load_network=self.network,
+        )
+
     def adopt_previous(self) -> bool:
         """Take over what a bundle of the same source holds; whether the ONNX model is in it."""
         previous = self._writer.previous
@@ -259,14 +272,7 @@ class _Build:
         request = self._request.cpu
         if request is None or any(variant.path == request.path for variant in self._variants):
             return
-        builder = CpuModelBuilder(
-            self._writer.folder,
-            self._checkpoint,
-            self._request.limits,
-            self._progress,
-            trained=self._request.random_shape is None,
-        )
-        built = builder.build(request, self.network, force=self._request.force)
+        built = CpuModelBuilder(self._setting()).build(request, force=self._request.force)
         for file in built.files:
             self._writer.add_file("cpu", file)
         self._checks |= built.checks
@@ -283,19 +289,10 @@ class _Build:
         request = self._request.cuda
         if request is None:
             return
-        builder = CudaModelBuilder(
-            self._writer,
-            self._checkpoint,
-            self._request.limits,
-            self._progress,
-            adopted=self._adopted,
-            trained=self._request.random_shape is None,
-            eval_text=self._request.eval_text,
-        )
         self._checks.pop(cuda_check_name(request), None)
-        built = builder.build(request, self.network, force=self._request.force)
+        built = CudaModelBuilder(self._setting()).build(request, force=self._request.force)
         self._checks |= built.checks
-        self._variants.append(built.variant)
+        self._variants += built.variants
         self._variants.sort(key=_preference)
         if built.quality is not None:
             name = f"{built.variant.backend}:{built.variant.name}"
@@ -308,18 +305,8 @@ class _Build:
         request, config = self._request, self._request.engine
         if config is None:
             raise AssertionError("no engine was asked for")
-        builder = EngineModelBuilder(
-            self._writer,
-            self._checkpoint,
-            request.limits,
-            self._progress,
-            adopted=self._adopted,
-            trained=request.random_shape is None,
-            eval_text=request.eval_text,
-            load_network=self.network,
-        )
         self._checks.pop(check_name(config), None)
-        built = builder.build(config, force=request.force)
+        built = EngineModelBuilder(self._setting()).build(config, force=request.force)
         for file in built.files:
             self._writer.add_file("engine", file)
         self._checks |= built.checks

@@ -113,27 +113,45 @@ def _attention_matrices(layer: DogeDecoderLayer, model: StepModel) -> dict[str, 
         "o": _weight(attention.o_proj),
     }
     if isinstance(attention, DogeAttention) and attention.scored:
-        # dt_proj reads the values, which are products themselves: one product in place of two.
-        matrices["score"] = _product(attention.dt_proj, attention.v_proj)
+        matrices["score"] = mask_score_rows(attention)
     if model.inner_values is not None and model.inner_values.score_rows:
         assert isinstance(attention, InnerFunctionAttention)
-        assert attention.v_queries is not None and attention.v_keys is not None
-        keys = attention.v_keys.double()  # [R, r, N]
-        queries = attention.v_queries.weight.double().view(*keys.shape[:2], -1)
-        matrices["value_score"] = _numbers((keys.transpose(1, 2) @ queries).flatten(0, 1))
+        matrices["value_score"] = value_score_rows(attention)
     return matrices
+
+
+def mask_score_rows(attention: DogeAttention) -> Float32:
+    """What a layer's mask scores are computed from, as one product with its input, [N, H].
+
+    dt_proj reads the values, which are products themselves. Neither factor is rounded before they
+    are multiplied: of narrow values, scores would be those of another model.
+    """
+    return _numbers(attention.dt_proj.weight.double() @ attention.v_proj.weight.double())
+
+
+def value_score_rows(attention: InnerFunctionAttention) -> Float32:
+    """What the seed's values are picked by, as one product with a layer's input, [R·N, H]."""
+    assert attention.v_queries is not None and attention.v_keys is not None
+    keys = attention.v_keys.double()  # [R, r, N]
+    queries = attention.v_queries.weight.double().view(*keys.shape[:2], -1)
+    return _numbers((keys.transpose(1, 2) @ queries).flatten(0, 1))
+
+
+def seed_router_rows(mlp: SeedMoE) -> Float32:
+    """What the seed's experts are picked by, as one product with a block's input, [2·P·n, H]."""
+    assert mlp.keys is not None and mlp.queries is not None
+    heads, _, planes, half = mlp.keys.shape
+    queries = mlp.queries.weight.double().view(planes, heads, half, -1)
+    router = mlp.keys.double().permute(2, 0, 1, 3) @ queries  # [2, P, n, H]
+    return _numbers(router.flatten(0, 2))
 
 
 def _mlp_matrices(mlp: nn.Module) -> dict[str, Float32]:
     if isinstance(mlp, SeedMoE):
-        assert mlp.keys is not None and mlp.queries is not None
-        heads, _, planes, half = mlp.keys.shape
-        queries = mlp.queries.weight.double().view(planes, heads, half, -1)
-        router = mlp.keys.double().permute(2, 0, 1, 3) @ queries  # [2, P, n, H]
         return {
             "gate_up": _weight(mlp.up_proj),
             "down": _weight(mlp.down_proj),
-            "router": _numbers(router.flatten(0, 2)),
+            "router": seed_router_rows(mlp),
         }
     assert isinstance(mlp, GatedMLP | CrossDomainMoE)
     matrices = {
@@ -207,10 +225,6 @@ def _inner_values(network: DogeForCausalLM, max_seq_len: int) -> InnerValues | N
 def _packed(name: str, matrix: Float32, weight_format: WeightFormat) -> Iterator[tuple[str, Array]]:
     packed = pack_weights([matrix], weight_format)
     yield from matrix_arrays(name, packed.weights, packed.scales).items()
-
-
-def _product(outer: nn.Linear, inner: nn.Linear) -> Float32:
-    return _numbers(outer.weight.double() @ inner.weight.double())
 
 
 def _weight(projection: nn.Module) -> Float32:

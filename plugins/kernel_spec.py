@@ -18,6 +18,10 @@ SCALAR_TYPES = ("i32", "i64", "fp32")
 POINTED_TYPES = ("fp32", "fp16", "bf16", "i8", "u8", "i32", "i64")
 # Every pointer's address is a multiple of this; loads of 16 bytes depend on it.
 POINTER_ALIGNMENT = 16
+# The size in a grid rule that a launcher knows by itself: the GPU's multiprocessors, one program on
+# each. Such programs may wait for each other.
+PROCESSORS = "processors"
+MOST_PROCESSORS = 1024
 # Triton's names of number types by numpy's.
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -32,12 +36,14 @@ class KernelSpec:
 
     Attributes:
         name: unique among the variants of a model, and the stem of its files.
-        function: `module:function` of the Triton source.
+        function: `module:function` of the Triton source, or `path/file.cu:function` of CUDA C++
+            within a package.
         arguments: type of each runtime argument by name, in the kernel's order. Pointers are
             multiples of `POINTER_ALIGNMENT`.
         constants: value of each `tl.constexpr` by name.
         grid: programs along x, y and z as rules over the sizes of a launch: a product such as
-            `batch * heads` of names, whole numbers and `ceil(name / number)`.
+            `batch * heads` of names, whole numbers and `ceil(name / number)`. With `PROCESSORS`
+            the launch is a cooperative one.
         num_warps: warps of a block, 32 threads each.
         num_stages: depth of Triton's software pipelines.
         divisible: integer arguments that are multiples of 16.

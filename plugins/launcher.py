@@ -12,7 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from plugins.kernel_spec import POINTER_ALIGNMENT, Launch, grid_of
+from plugins.kernel_spec import (
+    MOST_PROCESSORS,
+    POINTER_ALIGNMENT,
+    PROCESSORS,
+    Launch,
+    grid_of,
+)
 
 # A block gets this much shared memory without asking.
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -109,6 +115,7 @@ class CudaLauncher:
         self._libraries: list[Any] = []
         self._counters: list[Any] = []
         self._loaded: dict[str, tuple[KernelBinary, Any]] = {}
+        self._processors = 0  # known once a cooperative kernel is loaded
         try:
             for binary in binaries:
                 self._loaded[binary.name] = (binary, self._load(binary))
@@ -126,6 +133,13 @@ class CudaLauncher:
             raise LaunchError(f"no kernel {launch.kernel} was loaded; there are {self._names()}")
         binary, function = self._loaded[launch.kernel]
         values = pack_arguments(binary.arguments, launch)
+        if PROCESSORS in binary.grid:
+            x, y, z = grid_of(binary.grid, {**launch.sizes, PROCESSORS: self._processors})
+            self._call(
+                "cuLaunchCooperativeKernel", function, x, y, z, binary.threads, 1, 1,
+                binary.shared_bytes, self._driver.CUstream(stream), values, about=launch.kernel,
+            )  # fmt: skip
+            return
         x, y, z = grid_of(binary.grid, launch.sizes)
         self._call(
             "cuLaunchKernel", function, x, y, z, binary.threads, 1, 1, binary.shared_bytes,
@@ -159,7 +173,33 @@ class CudaLauncher:
             self._call(
                 "cuKernelSetAttribute", attribute, binary.shared_bytes, kernel, device, about=name
             )
-        return self._call("cuKernelGetFunction", kernel, about=name)
+        function = self._call("cuKernelGetFunction", kernel, about=name)
+        if PROCESSORS in binary.grid:
+            self._check_resident(binary, function)
+        return function
+
+    def _check_resident(self, binary: KernelBinary, function: Any) -> None:
+        """A block on each multiprocessor, all at once: they wait for each other."""
+        name, kinds = binary.name, self._driver.CUdevice_attribute
+        device = self._call("cuCtxGetDevice", about=name)
+        cooperative = kinds.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
+        if not self._call("cuDeviceGetAttribute", cooperative, device, about=name):
+            raise LaunchError(
+                f"{name}: this GPU, or what shares it, does not launch kernels whose blocks wait "
+                "for each other (cooperative launch); use the variant without a persistent kernel"
+            )
+        blocks = self._call(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor", function, binary.threads,
+            binary.shared_bytes, about=name,
+        )  # fmt: skip
+        if blocks < 1:
+            raise LaunchError(
+                f"{name}: a block of {binary.threads} threads does not fit on a multiprocessor; "
+                "use the variant without a persistent kernel"
+            )
+        count = kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        found = self._call("cuDeviceGetAttribute", count, device, about=name)
+        self._processors = min(int(found), MOST_PROCESSORS)
 
     def _names(self) -> str:
         return ", ".join(sorted(self._loaded)) or "none"

@@ -219,7 +219,7 @@ class Bundle:
             flags[f"--{field.name.replace('_', '-')}"] = str(getattr(limits, field.name))
         flags |= _flags_for(backend, name)
         flags["--output"] = str(self.path)
-        words = [word for flag in flags.items() for word in flag]
+        words = [word for flag in flags.items() for word in flag if word]
         command = f"Add it with: {_BUILD_COMMAND} {shlex.join(words)}"
         if source.kind == "folder":
             command += f" (DIR: the folder of the checkpoint {source.name})"
@@ -322,7 +322,7 @@ def _flags_for(backend: str, name: str | None) -> dict[str, str]:
     """The flags that ask a build for a model of `backend` alone.
 
     An engine's name is its precision and, behind it, its targets and its plugins, if any:
-    fp16-sm89-sm86-doge.
+    fp16-sm89-sm86-doge. One of backend cuda may have "persistent" behind its precision.
     """
     if backend == "torch":
         return {"--backend": "none"}
@@ -335,6 +335,8 @@ def _flags_for(backend: str, name: str | None) -> dict[str, str]:
         flags["--precision"] = precision
     if targets:
         flags["--target"] = ",".join(targets)
-    if plugins := [word for word in rest if not word.startswith("sm")]:
+    if backend == "cuda" and "persistent" in rest:
+        flags["--persistent"] = ""
+    elif plugins := [word for word in rest if not word.startswith("sm")]:
         flags["--plugin"] = "-".join(plugins)
     return flags

@@ -98,6 +98,8 @@ def source_sha256(function: str) -> str:
         ValueError: there is no such file.
     """
     module = function.partition(":")[0]
+    if module.endswith(".cu"):  # CUDA C++, which takes nothing from other files
+        return hashlib.sha256(kernel_source(module).read_bytes()).hexdigest()
     sources = {module: _source_file(module)}
     waiting = [module]
     while waiting:
@@ -109,6 +111,19 @@ def source_sha256(function: str) -> str:
     for name in sorted(sources):
         digest.update(hashlib.sha256(sources[name].read_bytes()).digest())
     return digest.hexdigest()
+
+
+def kernel_source(path: str) -> Path:
+    """Where the CUDA C++ of a kernel lies, of `path/file.cu` within a package.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    folder, _, name = path.rpartition("/")
+    file = _source_file(folder.replace("/", ".")).with_name(name)
+    if not file.is_file():
+        raise ValueError(f"there is no source of the kernels in {path}")
+    return file
 
 
 def _source_file(module: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # Milliseconds of a token of one sequence behind the shorter prompt.
 STEP_MS = {
-    "cuda:fp16": 0.25, "cuda:int8": 0.2,
+    "cuda:fp16": 0.25, "cuda:int8": 0.2, "cuda:fp16-persistent": 0.2,
     "torch:float16:growing": 3.0, "torch:float16:eager": 2.0, "torch:float16:compiled": 0.5,
     "torch:bfloat16:growing": 3.2, "torch:bfloat16:eager": 2.2, "torch:bfloat16:compiled": 0.6,
 }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +16,14 @@ from plugins.launcher import LaunchError
 from runtime.backends.base import Limits
 from runtime.backends.cuda_backend import CudaBackend
 from runtime.backends.torch_backend import TorchBackend
+from runtime.bundle import Bundle
 from runtime.gpu.cuda_runtime import CudaRuntime
+from runtime.kernel_library import KERNEL_MANIFEST, KernelEntry, KernelLibrary, source_sha256
 from runtime.kernel_step.formats import StepFormats, StepPrecision
 from runtime.kernel_step.step_kernels import StepKernels
 from runtime.kernel_step.variant import BACKEND, variant_details, weights_path
-from runtime.manifest import Variant
+from runtime.manifest import FileRole, Variant
+from tests.fake_bundle import fake_manifest, write_fake_bundle
 from tests.fake_tensorrt.cuda import FakeCuda, Memory, Work
 from tests.interpreter import InterpreterLauncher
 
@@ -130,3 +135,60 @@ class PackedBundle:
         weights = backend._weights.address("embedding.weights")
         launcher.read_only.append(cuda.find("device memory", weights, 1, "weights"))
         return backend, cuda, launcher
+
+    def with_kernels(
+        self,
+        folder: Path,
+        targets: Sequence[str] = ("sm89",),
+        *,
+        limits: Limits | None = None,
+        leave_out: Sequence[str] = (),
+    ) -> Bundle:
+        """A whole bundle: a manifest, the packed weights, and kernels whose code is a few bytes.
+
+        Args:
+            folder: of the bundle.
+            targets: GPU architectures that there is code for.
+            limits: what the manifest says; those that it was made for if None.
+            leave_out: kernels whose name begins so have no code for the first target.
+        """
+        entries = [
+            _entry(spec, target)
+            for target in targets
+            for spec in self.kernels.specs
+            if target != targets[0] or not spec.name.startswith(tuple(leave_out))
+        ]
+        library = KernelLibrary(
+            folder=folder / "kernels", triton_version="3.9.0", uses=(), entries=tuple(entries)
+        )
+        path = self.variant.path
+        more: dict[str, tuple[FileRole, bytes]] = {
+            f"kernels/{entry.file}": ("kernels", _code(entry.name, entry.target))
+            for entry in entries
+        }
+        more[KERNEL_MANIFEST] = ("kernels", library.to_json().encode())
+        more[path] = ("weights", self.file(path).read_bytes())
+        manifest = fake_manifest(self.config, limits or self.limits)
+        manifest = dataclasses.replace(manifest, variants=(self.variant,))
+        return Bundle.open(write_fake_bundle(folder, manifest, more))
+
+
+def _code(name: str, target: str) -> bytes:
+    return f"code of {name} for {target}".encode()
+
+
+def _entry(spec: KernelSpec, target: str) -> KernelEntry:
+    return KernelEntry(
+        name=spec.name,
+        target=target,
+        file=f"{spec.name}.{target}.cubin",
+        sha256=hashlib.sha256(_code(spec.name, target)).hexdigest(),
+        entry="entry",
+        threads=32 * spec.num_warps,
+        shared_bytes=0,
+        arguments=tuple(spec.arguments.items()),
+        constants=dict(spec.constants),
+        grid=spec.grid,
+        toolkit="12.9",
+        source_sha256=source_sha256(spec.function),
+    )

@@ -6,10 +6,15 @@ the whole process. Nothing can be compiled in such a process: compilers run in o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
+import gc
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
+import pytest
 import torch
 
 from plugins.kernel_spec import POINTER_ALIGNMENT, KernelSpec, Launch, grid_of
@@ -35,16 +40,72 @@ class InterpreterLauncher:
         )
         module, _, name = spec.function.partition(":")
         function = getattr(importlib.import_module(module), name)
+        _spare_work()
         runtime = {
             argument: _as_tensor(argument, launch.arguments[argument], kind)
             for argument, kind in spec.arguments.items()
         }
-        function[grid_of(spec.grid, launch.sizes)](**runtime, **spec.constants)
+        with _no_collection():
+            function[grid_of(spec.grid, launch.sizes)](**runtime, **spec.constants)
         self.launched.append(launch)
 
     def run(self, launches: Iterable[Launch]) -> None:
         for launch in launches:
             self.launch(launch)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected: what a collected backend has left on a stream would run in between.
+
+    The interpreter knows one grid at a time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+_prepared: set[int] = set()
+
+
+def _spare_work() -> None:
+    """Take work off the interpreter that changes no result; before each launch.
+
+    It changes Triton's language anew at every call of a device function, though all of that lasts
+    until the launch is over. It computes whether sums of integers overflow and does nothing with
+    the answer. It makes a table of all types whenever it looks one up.
+    """
+    from triton.runtime import interpreter
+
+    _prepared.clear()
+    if hasattr(interpreter, "spared"):
+        return
+    interpreter.spared = True
+    prepare, type_of = interpreter._patch_lang, interpreter._get_np_dtype
+    known = (interpreter.tl, interpreter.tl.core)
+    types: dict[str, np.dtype] = {}
+
+    def prepare_new(function):
+        found = {id(value) for value in function.__globals__.values() if value in known}
+        if found <= _prepared:
+            return interpreter._LangPatchScope()
+        _prepared.update(found)
+        return prepare(function)
+
+    def known_type(dtype):
+        if dtype.name not in types:
+            types[dtype.name] = type_of(dtype)
+        return types[dtype.name]
+
+    interpreter._patch_lang = prepare_new
+    interpreter._get_np_dtype = known_type
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug, "an overflow would be an error"
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _as_tensor(name, value, kind):
@@ -57,3 +118,41 @@ def _as_tensor(name, value, kind):
         return torch.zeros(1, dtype=dtype)  # never read; a null pointer on a GPU
     # One element is enough: the interpreter reads and writes by address.
     return torch.frombuffer((ctypes.c_char * dtype.itemsize).from_address(value), dtype=dtype)
+
+
+def mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the interpreter do to bfloat16 what a GPU does.
+
+    It keeps such numbers as their bits. Left alone, it multiplies the bits in `tl.dot`, and cuts a
+    float32 off where a GPU rounds it to the nearest, ties to even.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def widened(handle):
+        return cast(None, handle, tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+
+    def rounded(handle):
+        numbers = torch.from_numpy(np.ascontiguousarray(handle.data)).bfloat16()
+        return TensorHandle(numbers.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+    def is_rounding(handle, target):
+        return handle.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16
+
+    def create_dot(self, a, b, *more):
+        return dot(self, widened(a), widened(b), *more)
+
+    def cast_impl(self, handle, target):
+        return rounded(handle) if is_rounding(handle, target) else cast(self, handle, target)
+
+    def create_fp_to_fp(self, handle, target, mode):
+        if is_rounding(handle, target):
+            return rounded(handle)
+        return convert(self, handle, target, mode)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp)

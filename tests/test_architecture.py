@@ -88,6 +88,7 @@ IMPORT_NAMES: dict[str, tuple[str, ...]] = {
     "ml_dtypes": ("ml_dtypes",),
     "mypy": ("mypy", "mypyc"),
     "numpy": ("numpy",),
+    "nvidia-cuda-nvrtc": ("nvidia",),
     "onnx": ("onnx",),
     "onnx-ir": ("onnx_ir",),
     "onnxruntime": ("onnxruntime",),

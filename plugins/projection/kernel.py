@@ -240,9 +240,11 @@ def read_rows(
 def key_of(logit, token):
     """An int64 for each logit that orders as (logit, -token) does, and holds the token.
 
-    Flipping the other bits of a negative float32 makes its order that of whole numbers.
+    Flipping the other bits of a negative float32 makes its order that of whole numbers. What is no
+    number counts as infinity, so that it is found (`is_finite`).
     """
-    bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)  # -0 equals 0
+    number = tl.where(logit != logit, float("inf"), logit)
+    bits = tl.where(number == 0.0, 0.0, number).to(tl.int32, bitcast=True)  # -0 equals 0
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
@@ -251,6 +253,13 @@ def key_of(logit, token):
 def token_of(key):
     """The token that a key holds."""
     return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def is_finite(key):
+    """Whether a key's logit is a finite number; of the largest key, whether all are but -inf."""
+    high = (key >> 32).to(tl.int32)
+    return (high < 0x7F800000) & (high > -0x7F800001)
 
 
 @triton.jit
@@ -293,8 +302,9 @@ def head(
     """Final norm and a logit per token of the vocabulary; the grid is that of `project`.
 
     x [B, COLUMNS], norm [COLUMNS]. Written: with LOGITS, logits [B, ROWS] float32; with TOKENS,
-    tokens [B], the largest logit's, of equal ones the lowest; with an EMBEDDING format, next_x
-    [B, COLUMNS], that token's row of the table. With ADVANCE, the next step is prepared: the tokens
+    tokens [B], the largest logit's, of equal ones the lowest, and -1 where one is NaN or the
+    largest is infinite; with an EMBEDDING format, next_x [B, COLUMNS], that token's row of the
+    table, the first for -1. With ADVANCE, the next step is prepared: the tokens
     go to row step mod RING of ring [RING, RING_ROW], positions [B] grow by 1 up to last_slot, and
     step [1] int32 grows by 1.
 
@@ -334,7 +344,7 @@ def head(
                     cache_modifier=".cg",  # other multiprocessors wrote them
                 )
                 best = tl.maximum(best, tl.max(found, axis=1))
-            token = token_of(best)
+            token = tl.where(is_finite(best), token_of(best), -1)
             tl.store(tokens + every, token.to(tokens.dtype.element_ty), mask=is_any)
             if ADVANCE:
                 now = tl.load(step)
@@ -346,11 +356,12 @@ def head(
                 tl.store(positions + every, place, mask=is_any)
                 tl.store(step, now + 1)
             if EMBEDDING != "none":
+                row_of_table = tl.maximum(token, 0)
                 for start in range(0, COLUMNS, BLOCK_EMBEDDING):
                     column = start + tl.arange(0, BLOCK_EMBEDDING)
                     value = read_rows(
-                        embedding, embedding_scales, token, is_any, column, COLUMNS, EMBEDDING,
-                        EMBEDDING_GROUP,
+                        embedding, embedding_scales, row_of_table, is_any, column, COLUMNS,
+                        EMBEDDING, EMBEDDING_GROUP,
                     )  # fmt: skip
                     tl.store(
                         next_x + every[:, None] * COLUMNS + column[None, :],

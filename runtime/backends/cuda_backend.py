@@ -12,14 +12,16 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from plugins.launcher import Launcher
 from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Logits
+from runtime.gpu.copy_speed import copy_bytes_per_s
 from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
+from runtime.gpu.lane_pool import LanePool
 from runtime.kernel_step.choice_rules import ChoiceRules, why_host_chooses
 from runtime.kernel_step.device_weights import DeviceWeights
 from runtime.kernel_step.kernel_lane import KernelLane, lane_needs
@@ -46,6 +48,8 @@ _LESS = "end other programs on the GPU, or build with a smaller --max-batch-size
 class CudaCache(Cache):
     """The sequences of one batch on a lane, which is this batch's alone.
 
+    When the cache is closed, or nothing refers to it any more, its lane serves another batch.
+
     Attributes:
         lane: a stream, graphs, and the memory of steps and cache; None once the cache is closed.
     """
@@ -54,7 +58,7 @@ class CudaCache(Cache):
     _give_back: Callable[[], object] = field(init=False, repr=False, default=lambda: None)
 
     def close(self) -> None:
-        """Free what the batch took; harmless when called again."""
+        """Let another batch have the lane; harmless when called again."""
         self.lane = None
         self._give_back()
 
@@ -84,17 +88,38 @@ class CudaBackend(Backend):
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
         self.router_mode = config.router_mode if config.is_moe else None
-        self._cuda, self._launcher = cuda, launcher
-        self._lanes: list[KernelLane] = []
+        self._cuda, self._free_before = cuda, cuda.free_bytes()
         self._told: set[str] = set()
-        self._weights: DeviceWeights | None = None
         kernels = kernels_of_variant(bundle, variant)
         self.chunk_length = kernels.chunk_length
         self._kernels = kernels
         weights = PackedWeights(bundle.file(variant.path), kernels.model, kernels.formats)
         needs = {"weights": weights.size, **lane_needs(kernels, 1)}
         cuda.require_free(needs, _LESS)
-        self._weights = DeviceWeights(cuda, weights)
+        self._weights = on_device = DeviceWeights(cuda, weights)
+
+        def make(rows: int) -> KernelLane:
+            return KernelLane(kernels, on_device, cuda, launcher, rows)
+
+        self._lanes = LanePool(make, last=(on_device.close, launcher.close))
+        # Also where nobody closes the backend, but for the end of the process.
+        self._close = weakref.finalize(self, self._lanes.close)
+        self._close.atexit = False
+        try:
+            self._lanes.add()  # now: what is missing shows before any prompt
+        except BaseException:
+            self.close()
+            raise
+
+    def device_facts(self) -> dict[str, Any]:
+        """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now, in MiB."""
+        speed = copy_bytes_per_s(self._cuda)
+        return {
+            "gpu": str(self._cuda.gpu()),
+            "runtime_cache": "none",
+            "memory_mb": round((self._free_before - self._cuda.free_bytes()) / 2**20, 1),
+            "copy_gb_per_s": None if speed is None else round(speed / 1e9, 3),
+        }
 
     @classmethod
     def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
@@ -130,25 +155,16 @@ class CudaBackend(Backend):
             ValueError: as in the base class, or the backend is closed.
         """
         slots = self.check_cache_size(batch_size, capacity)
-        lane = KernelLane(
-            self._kernels, self._open_weights(), self._cuda, self._launcher, batch_size
-        )
-        self._lanes.append(lane)
+        lane = self._lanes.take(batch_size)
         cache = CudaCache(capacity=slots, lengths=np.zeros(batch_size, np.int64), lane=lane)
-        give_back = weakref.finalize(cache, self._release, lane)
+        give_back = weakref.finalize(cache, self._lanes.give_back, lane)
         give_back.atexit = False
         cache._give_back = give_back
         return cache
 
     def close(self) -> None:
         """Free every lane, the weights and the kernels; harmless when called again."""
-        lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.close()
-        weights, self._weights = self._weights, None
-        if weights is not None:
-            weights.close()
-            self._launcher.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,18 +233,9 @@ class CudaBackend(Backend):
     def _lane_of(self, cache: Cache) -> KernelLane:
         if not isinstance(cache, CudaCache):
             raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
-        self._open_weights()
+        self._lanes.check_open()
         if cache.lane is None:
             raise ValueError("this cache is closed; take another from new_cache")
-        if not any(lane is cache.lane for lane in self._lanes):
+        if not self._lanes.owns(cache.lane):
             raise TypeError("this cache is of another backend; take one from this one's new_cache")
         return cache.lane
-
-    def _open_weights(self) -> DeviceWeights:
-        if self._weights is None:
-            raise ValueError("this backend is closed; open another")
-        return self._weights
-
-    def _release(self, lane: KernelLane) -> None:
-        self._lanes = [own for own in self._lanes if own is not lane]
-        lane.close()

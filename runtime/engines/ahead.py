@@ -121,7 +121,6 @@ class AheadSteps:
 
     def _allocate(self, cuda: CudaRuntime, limits: Limits) -> None:
         own, layout = self._owned.callback, self._layout
-        self._engine.check_room({"the choice of tokens": layout.size})
         self._block = DeviceBuffer(cuda, "the choice of tokens", layout.size)
         own(self._block.close)
         self._ring = TokenRing(cuda, layout.choice.size)

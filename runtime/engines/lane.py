@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from model.contract import StepContract
 from runtime.backends.base import Ids, Limits, Logits
-from runtime.engines.ahead import AheadSteps, Certain, Uniform
+from runtime.engines.ahead import AheadSteps, Certain, Uniform, ahead_bytes
 from runtime.engines.cache_memory import CacheMemory, PlacedCache, cache_bytes
 from runtime.engines.decode_graph import DecodeGraphContract
 from runtime.engines.loaded_engine import LoadedEngine
@@ -127,7 +127,11 @@ class EngineLane:
 
     def _allocate(self, rows: int) -> None:
         cuda, limits, contract = self._cuda, self._limits, self._engine.contract
-        self._engine.check_room(lane_needs(contract, limits, self._vocab_size, rows))
+        needs = lane_needs(contract, limits, self._vocab_size, rows)
+        if (graph := self._decode_graph) is not None:
+            needs["activations of the decode graph"] = graph.context_bytes
+            needs["the choice of tokens"] = ahead_bytes(graph.contract, limits)
+        self._engine.check_room(needs)  # for all of it, before anything is taken
         own = self._owned.callback
         self._stream = Stream(cuda)
         own(self._stream.close)

@@ -15,6 +15,7 @@ from runtime.gpu_checks.section import CheckedBundle, Report, Subject, combined
 from runtime.gpu_checks.step_profile import HOW as PROFILE_HOW
 from runtime.gpu_checks.step_profile import profile_step
 from runtime.gpu_checks.worker_process import run_worker
+from runtime.kernel_step.variant import PERSISTENT
 from runtime.manifest import Variant
 from runtime.roofline import step_bytes
 
@@ -35,8 +36,9 @@ _HOW = (
     "of fixed shapes over all slots, `compiler` counts its graphs and what kept CUDA graphs from "
     "being used. `times_torch`: torch's `step_ms` by ours, same batch and prompt. `floor_ms`: the "
     "bytes a step must read (weights of one token, the cache at its mean length) by the copies of "
-    "the bandwidth section; `of_bandwidth`: `floor_ms` by `step_ms`. Weights that fit into the L2 "
-    "cache need not come from memory, so it may exceed 1."
+    "the bandwidth section; `of_bandwidth`: `floor_ms` by `step_ms`. `times_graph`: the `step_ms` "
+    "of recorded steps by that of a persistent variant of the same weights. Weights that fit into "
+    "the L2 cache need not come from memory, so it may exceed 1."
 )
 
 logger = logging.getLogger(__name__)
@@ -252,6 +254,12 @@ class DecodeSpeedSection:
                     if other["system"].startswith("torch:")
                     and all(other[key] == case[key] for key in same)
                 }
+                if variant.details.get(PERSISTENT, False):
+                    beside = _name(variant).removesuffix(f"-{PERSISTENT}")
+                    for other in measured:
+                        if other["system"] == beside and all(other[k] == case[k] for k in same):
+                            ratio = other["step_ms"] / case["step_ms"]
+                            case["times_graph"] = round(ratio, 2)
 
 
 def _token_us(
@@ -281,6 +289,8 @@ def _batches(bundle: Bundle) -> list[int]:
 def _systems(bundle: CheckedBundle, batch_size: int) -> Iterator[Timed]:
     variants = _variants(bundle.bundle)
     for variant in variants:
+        if batch_size > 1 and variant.details.get(PERSISTENT, False):
+            continue  # it has recorded steps there, as the variant beside it
         yield Timed(bundle=bundle, variant=variant, system=_name(variant), batch_size=batch_size)
     if not variants or not bundle.bundle.variants("torch"):
         return

@@ -134,7 +134,9 @@ def _print_decode_speed(console: Console, name: str, report: Mapping[str, Any]) 
     table.add_column("times torch", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for case in cases:
-        ratios = (f"{other} {times:.1f}x" for other, times in case.get("times_torch", {}).items())
+        ratios = [f"{other} {times:.1f}x" for other, times in case.get("times_torch", {}).items()]
+        if "times_graph" in case:
+            ratios.insert(0, f"recorded steps {case['times_graph']:.2f}x")
         said = (case.get("said") or "").splitlines()
         table.add_row(
             _plain(case["bundle"]),

@@ -12,6 +12,7 @@ from plugins.kernel_spec import Launch
 from plugins.launcher import Launcher
 from runtime.bundle import Bundle
 from runtime.gpu.device_memory import aligned
+from runtime.gpu_checks.decode_persistent import profile_launch
 from runtime.gpu_checks.device import CheckDevice
 from runtime.gpu_checks.kernel_timing import rounds_to_time
 from runtime.gpu_checks.section import Rhythm
@@ -32,6 +33,8 @@ HOW = (
     "the launches of one kind, of all layers, one behind the other, at `position`; `sum_us` adds "
     "them up. A part alone finds more of what it reads in the L2 cache than in a step, and a step "
     "pays for going from one kind of kernel to the next, so the sum may be less than the step. "
+    "A persistent variant: `step_us` is an eighth of a launch of eight steps, from `position` on "
+    "each time; its only part is what its barriers cost where nothing stands between them. "
     "`token_us`: what the host saw of a token at about that length, the graph's launch and the "
     "reading of the token included."
 )
@@ -98,6 +101,14 @@ def profile_step(
 
         found = []
         for position in positions:
+            if kernels.persistent is not None:
+                saved = memory.allocate({"position": 8})["position"]
+                found.append(
+                    profile_launch(
+                        device, launcher, kernels.persistent, places, saved, position, rhythm
+                    )
+                )
+                continue
             restart(position)
             step_us = _whole_us(device, launcher, whole, rhythm)
             timed: list[dict[str, Any]] = []

@@ -66,7 +66,8 @@ class ChoiceRules:
         if history.counts is not None:
             counts[:rows] += GENERATED * history.counts
         stop_ids = np.full(STOP_IDS, _NO_ID, np.int32)
-        stop_ids[: len(choice.stop_ids)] = choice.stop_ids
+        if params.min_tokens > 1:  # else none is looked at, and there may be more than have room
+            stop_ids[: len(choice.stop_ids)] = choice.stop_ids
         bias = np.zeros(vocab_size, np.float32)
         if sampler.bias is not None:
             bias[:] = sampler.bias

@@ -10,6 +10,7 @@ from runtime.backends.base import Limits
 from runtime.kernel_step.areas import cache_areas, step_areas
 from runtime.kernel_step.decode_step import DecodeStep
 from runtime.kernel_step.formats import StepFormats
+from runtime.kernel_step.persistent import PersistentDecode
 from runtime.kernel_step.prompt_step import PromptStep
 from runtime.kernel_step.step_model import StepModel
 
@@ -27,10 +28,20 @@ class StepKernels:
         batch: most sequences.
         chunk_length: most tokens of a sequence in one pass.
         prompt: steps of several tokens.
+        persistent: several greedy steps of one sequence in one launch; None where that is not
+            wanted.
     """
 
-    def __init__(self, model: StepModel, formats: StepFormats, limits: Limits) -> None:
+    def __init__(
+        self, model: StepModel, formats: StepFormats, limits: Limits, *, persistent: bool = False
+    ) -> None:
         """Choose the kernels.
+
+        Args:
+            model: its numbers.
+            formats: of weights and cache.
+            limits: of the model.
+            persistent: whether there is a persistent kernel among them.
 
         Raises:
             ValueError: what no kernel covers.
@@ -49,6 +60,7 @@ class StepKernels:
         passes = 1 if mixed else self.batch
         self.prompt = PromptStep(model, formats, self.batch, passes * self.chunk_length)
         # One for a single sequence, which is the common case, and one for all.
+        self.persistent = PersistentDecode(model, formats) if persistent else None
         self._steps = {size: DecodeStep(model, formats, size) for size in sorted({1, self.batch})}
 
     @property
@@ -56,12 +68,15 @@ class StepKernels:
         """Each kernel once, by name."""
         parts: Iterable[DecodeStep | PromptStep] = (*self._steps.values(), self.prompt)
         by_name = {spec.name: spec for part in parts for spec in part.specs}
+        if self.persistent is not None:
+            by_name |= {spec.name: spec for spec in self.persistent.specs}
         return tuple(by_name[name] for name in sorted(by_name))
 
     @property
     def areas(self) -> dict[str, int]:
         """Bytes of what steps write."""
-        return step_areas(self.model, self.formats, tuple(self._steps.values()), self.prompt)
+        areas = step_areas(self.model, self.formats, tuple(self._steps.values()), self.prompt)
+        return areas if self.persistent is None else areas | self.persistent.areas
 
     def cache_areas(self, rows: int) -> dict[str, int]:
         """Bytes of the cache tensors of so many sequences."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BACKEND = "cuda"
 # What an engine's `--plugin` is called whose decoder layers are our kernels.
 LAYER_PLUGIN = "layer"
+# What a variant with a persistent kernel is called behind its precision, and remembers.
+PERSISTENT = "persistent"
 
 
 def variant_details(model: StepModel) -> dict[str, Any]:
@@ -73,4 +75,11 @@ def kernels_of_variant(bundle: Bundle, variant: Variant) -> StepKernels:
         ValueError: the variant is not what a build writes.
     """
     model, precision = read_variant(bundle, variant)
-    return StepKernels(model, StepFormats.of(precision), bundle.limits)
+    persistent = variant.details.get(PERSISTENT, False)
+    if not isinstance(persistent, bool):
+        raise ValueError(
+            f"variant {variant.backend}:{variant.name} has {PERSISTENT} {persistent!r}, expected "
+            "true or false"
+        )
+    formats = StepFormats.of(precision)
+    return StepKernels(model, formats, bundle.limits, persistent=persistent)

@@ -1,43 +1,33 @@
-"""The backend of our kernels, every kernel in Triton's interpreter, against the network in torch.
+"""How the backend of our kernels runs: choosing, rewinding, running ahead, and what it refuses.
 
-What a GPU makes of it is not shown here.
+Every kernel runs in Triton's interpreter. Tokens of every kind of model are those of the reference
+in test_cuda_tokens.py, and what does not fit is in test_cuda_bad_inputs.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import ctypes
+import gc
+import threading
 
 import numpy as np
 import pytest
 
 import plugins.projection.launches as projection_launches
 import plugins.projection.matrix as projection_matrix
-from export.cuda_models import with_stored_weights
-from runtime.backends.base import BackendUnavailableError, Limits
-from runtime.backends.torch_backend import TorchBackend
+from runtime.backends.base import Limits
 from runtime.gpu.token_ring import LEAD
-from runtime.kernel_step.formats import StepFormats
-from runtime.sampling import SamplingParams
+from runtime.kernel_step import step_kernels
+from runtime.sampling import SamplingParams, make_sampler
+from runtime.session import GenerationSession
+from runtime.token_chooser import TokenChooser
 from tests.engine_runs import generate, prefill
 from tests.fake_kernels import PackedBundle
-from tests.fake_tensorrt.cuda import FakeCuda, Status
-from tests.tiny_doge import MOE, write_checkpoint
+from tests.fake_tensorrt.cuda import Status
+from tests.tiny_doge import write_checkpoint
 
-LIMITS = Limits(max_batch_size=2, max_input_len=12, max_seq_len=30)
-WINDOW = {"keep_window_size": 8}
-UNTIED = {"tie_word_embeddings": False}
-# Generation, overrides of its config, router mode.
-MODELS = {
-    "g1": ("g1", {}, None),
-    "g2": ("g2", {}, None),
-    "g3": ("g3", {}, None),
-    "g3-moe": ("g3", MOE, "per_token"),
-    "g4": ("g4", UNTIED, None),
-    "g4-window": ("g4", WINDOW, None),
-    "g4-moe": ("g4", MOE, "mixed"),
-    "g4h-window": ("g4h", WINDOW, None),
-    "g4h-moe": ("g4h", MOE, "per_token"),
-}
+# A batch of two runs the kernels of three.
+LIMITS = Limits(max_batch_size=3, max_input_len=12, max_seq_len=30)
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +40,13 @@ def few_programs(monkeypatch):
 
 @pytest.fixture
 def packed(tmp_path):
-    """Gives a bundle of packed weights of a model by name."""
+    """Gives packed weights of one layer, in float32."""
 
-    def make(name, precision="fp32", limits=LIMITS, **overrides):
-        generation, more, router = MODELS[name]
+    def make(**overrides):
         folder = write_checkpoint(
-            tmp_path / "checkpoint",
-            generation=generation,
-            # One layer where a step of it takes the interpreter long.
-            **{"num_hidden_layers": 2 if name == "g4" else 1, **more, **overrides},
+            tmp_path / "checkpoint", num_hidden_layers=1, tie_word_embeddings=False, **overrides
         )
-        return PackedBundle.make(tmp_path, folder, precision, limits, router)
+        return PackedBundle.make(tmp_path, folder, "fp32", LIMITS)
 
     return make
 
@@ -68,14 +54,6 @@ def packed(tmp_path):
 def prompts(*lengths):
     rng = np.random.default_rng(3)
     return [rng.integers(3, 97, length).tolist() for length in lengths]
-
-
-def reference_of(bundle, precision):
-    """The network whose weights are the stored numbers, in float32."""
-    network = bundle.network
-    if precision != "fp32":
-        network = with_stored_weights(network, StepFormats.of(precision))
-    return TorchBackend(network, limits=bundle.limits, variant="fp32")
 
 
 def steps_of(backend, rows, forced):
@@ -87,57 +65,6 @@ def steps_of(backend, rows, forced):
     return np.array(found)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_the_references(packed, name):
-    bundle = packed(name)
-    backend, cuda, _ = bundle.open()
-    # Chunks of unequal rows and beyond the window, unless a router wants a prompt whole. The seed
-    # has axes of 7 keys, which an odd number of tokens puts at an odd place.
-    lengths = {"g4-moe": (11, 4), "g1": (9,)}.get(name, (15, 4))
-    forced = np.random.default_rng(4).integers(3, 97, (2, len(lengths)))
-    expected = steps_of(bundle.torch(), prompts(*lengths), forced)
-    found = steps_of(backend, prompts(*lengths), forced)
-    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
-    backend.close()
-    assert (cuda.ledger.violations, cuda.ledger.live, cuda.used_bytes) == ([], {}, 0)
-
-
-# A cache of 16 bits rounds keys and values, and mask scores come from values before the rounding of
-# their weights, which the reference does not have; so may another expert.
-@pytest.mark.parametrize(
-    ("name", "precision", "tolerance"),
-    [
-        ("g4", "fp16", 2e-3),
-        ("g1", "fp16", 2e-3),
-        ("g4-moe", "int8", 2e-2),
-        ("g3", "int8", 5e-3),
-        ("g4", "int4", 2e-2),
-    ],
-)
-def test_logits_of_narrow_weights_are_the_references(packed, name, precision, tolerance):
-    bundle = packed(name, precision)
-    backend, _, _ = bundle.open()
-    forced = np.random.default_rng(4).integers(3, 97, (1, 2))
-    expected = steps_of(reference_of(bundle, precision), prompts(9, 3), forced)
-    found = steps_of(backend, prompts(9, 3), forced)
-    scale = np.abs(expected).max()
-    assert np.abs(found - expected).max() < tolerance * scale
-    # The weights' own rounding is larger: the right numbers were read.
-    if precision == "int4":
-        exact = steps_of(bundle.torch(), prompts(9, 3), forced)
-        assert np.abs(exact - expected).max() > 2 * tolerance * scale
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_precisions_generate_the_tokens_of_their_weights(packed, precision):
-    bundle = packed("g3", precision)
-    backend, _, _ = bundle.open()
-    params = dataclasses.replace(SAMPLED["drawn"], max_tokens=5)
-    expected = generate(reference_of(bundle, precision), prompts(6, 3), params)
-    assert generate(backend, prompts(6, 3), params) == expected
-    assert len({token for row in expected for token in row}) > 2
-
-
 SAMPLED = {
     "greedy": SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True),
     "drawn": SamplingParams(
@@ -145,7 +72,13 @@ SAMPLED = {
     ),
     "ruled": SamplingParams(
         max_tokens=9, temperature=5.0, seed=6, repetition_penalty=1.4, presence_penalty=0.5,
-        frequency_penalty=0.7, logit_bias={7: 9.0}, min_tokens=5, stop_token_ids=(7,),
+        frequency_penalty=0.7, logit_bias={7: 9.0}, min_tokens=5,
+        stop_token_ids=(7, *range(70, 85)),  # as many as the device keeps from ending a text
+    ),
+    # More ids that end a text than the device keeps from doing so, which nothing asks it to.
+    "many ends": SamplingParams(
+        max_tokens=5, temperature=5.0, seed=6, logit_bias={7: 9.0}, ignore_eos=True,
+        stop_token_ids=tuple(range(70, 90)),
     ),
     "ruled greedy": SamplingParams(
         max_tokens=9, temperature=0.0, repetition_penalty=3.0, presence_penalty=2.0,
@@ -156,7 +89,7 @@ SAMPLED = {
 
 @pytest.mark.parametrize("rules", SAMPLED)
 def test_device_chooses_the_tokens_of_the_reference(packed, rules):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, cuda, launcher = bundle.open()
     expected = generate(bundle.torch(), prompts(6, 3), SAMPLED[rules])
     assert generate(backend, prompts(6, 3), SAMPLED[rules]) == expected
@@ -169,18 +102,8 @@ def test_device_chooses_the_tokens_of_the_reference(packed, rules):
     assert (cuda.ledger.violations, cuda.ledger.live, cuda.used_bytes) == ([], {}, 0)
 
 
-@pytest.mark.parametrize("name", ["g1", "g4-window", "g4-moe", "g3-moe"])
-def test_every_kind_of_model_generates_the_references_tokens(packed, name):
-    bundle = packed(name)
-    backend, _, _ = bundle.open()
-    params = dataclasses.replace(SAMPLED["drawn"], max_tokens=4)
-    assert generate(backend, prompts(7, 3), params) == generate(
-        bundle.torch(), prompts(7, 3), params
-    )
-
-
 def test_steps_run_ahead_and_no_step_is_waited_for(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, cuda, _ = bundle.open()
     chooser = []
     original = backend.decode_many
@@ -199,18 +122,45 @@ def test_steps_run_ahead_and_no_step_is_waited_for(packed):
     assert len(waited) == 1, "the stream was waited for between steps"
 
 
-def test_host_chooses_where_log_probabilities_are_asked_for(packed, caplog):
-    bundle = packed("g4", num_hidden_layers=1)
-    backend, _, _ = bundle.open()
-    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1, ignore_eos=True)
+def test_ids_that_end_a_text_wait_for_min_tokens(packed):
+    bundle = packed()
+    backend, _, launcher = bundle.open()
+    params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    free = generate(bundle.torch(), prompts(5), params)[0]
+    params = SamplingParams(
+        max_tokens=5, temperature=0.0, min_tokens=4, stop_token_ids=tuple(set(free))
+    )
+    expected = generate(bundle.torch(), prompts(5), params)
+    assert not set(expected[0][:4]) & set(free)
+    assert generate(backend, prompts(5), params) == expected
+    assert any(name.startswith("choose") for name in launcher.put)
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ({"logprobs": 1, "ignore_eos": True}, "log-probabilities are asked for"),
+        (
+            {"min_tokens": 3, "stop_token_ids": tuple(range(60, 77))},
+            "17 ids end the text, the device keeps 16 from doing so",
+        ),
+    ],
+)
+def test_host_chooses_what_the_device_cannot(packed, caplog, rules, reason):
+    bundle = packed()
+    backend, cuda, launcher = bundle.open()
+    params = SamplingParams(max_tokens=4, temperature=0.0, **rules)
+    expected = generate(bundle.torch(), prompts(4), params)
     with caplog.at_level("INFO", logger="runtime.backends.cuda_backend"):
-        expected = generate(bundle.torch(), prompts(4), params)
         assert generate(backend, prompts(4), params) == expected
-    assert "log-probabilities are asked for" in caplog.text
+    assert reason in caplog.text
+    # Its steps are recorded all the same.
+    assert cuda.calls["cudaGraphLaunch"] == len(expected[0]) - 1 == 3
+    assert not any(name.startswith("choose") for name in launcher.put)
 
 
 def test_a_run_that_is_left_early_leaves_the_cache_right(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, reference = bundle.open()[0], bundle.torch()
     found = []
     for used in (backend, reference):
@@ -223,9 +173,6 @@ def test_a_run_that_is_left_early_leaves_the_cache_right(packed):
 
 def _leave_early(backend, cache, logits):
     """Two tokens of many, then a rewind, a prompt and a step."""
-    from runtime.sampling import make_sampler
-    from runtime.token_chooser import TokenChooser
-
     params = SamplingParams(max_tokens=20, temperature=0.0)
     rows = prompts(6, 3)
     ids = np.zeros((2, 6), np.int64)
@@ -249,8 +196,10 @@ def _leave_early(backend, cache, logits):
         many.close()
 
 
-def test_score_gives_every_tokens_logits(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+def test_score_gives_every_tokens_logits(packed, monkeypatch):
+    """In passes that are shorter than a prompt may be."""
+    monkeypatch.setattr(step_kernels, "CHUNK_LENGTH", 5)
+    bundle = packed()
     backend = bundle.open()[0]
     rows = np.array(prompts(14, 14))
     lengths = np.array([14, 9])
@@ -264,12 +213,12 @@ def test_score_gives_every_tokens_logits(packed):
 
 
 def test_a_launch_that_fails_names_kernel_and_step_and_the_session_can_begin_anew(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, cuda, launcher = bundle.open()
     cache = backend.new_cache(1)
     prefill(backend, cache, *prompts(3))
     launcher.refuses = "attend_decode"
-    with pytest.raises(RuntimeError, match=r"step 0 of this batch: attend_decode.*CUDA_ERROR_TEST"):
+    with pytest.raises(RuntimeError, match=r"step 2 of this batch: attend_decode.*CUDA_ERROR_TEST"):
         backend.decode(np.array([5]), cache)
     with pytest.raises(RuntimeError, match=r"an earlier step on this cache .*new_cache"):
         backend.decode(np.array([5]), cache)
@@ -284,7 +233,7 @@ def test_a_launch_that_fails_names_kernel_and_step_and_the_session_can_begin_ane
 
 
 def test_a_fault_in_the_middle_of_a_text_ends_it(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, cuda, _ = bundle.open()
     backend.new_cache(1).close()
     original = cuda.cudaEventSynchronize
@@ -297,37 +246,8 @@ def test_a_fault_in_the_middle_of_a_text_ends_it(packed):
     )
 
 
-def test_too_little_memory_is_said_before_anything_is_allocated(packed):
-    bundle = packed("g4", num_hidden_layers=1)
-    cuda = FakeCuda()
-    cuda.total_bytes = 100_000
-    with pytest.raises(
-        BackendUnavailableError, match=r"too little GPU memory: .* \(weights .*, a cache of 1 seq"
-    ):
-        bundle.open(cuda)
-    assert "cudaMalloc" not in cuda.calls
-    backend, cuda, _ = bundle.open()
-    cuda.total_bytes = cuda.used_bytes + 1000
-    calls = cuda.calls["cudaMalloc"]
-    with pytest.raises(BackendUnavailableError, match="a cache of 2 sequences"):
-        backend.new_cache(2)
-    assert cuda.calls["cudaMalloc"] == calls
-
-
-def test_more_than_was_built_is_refused(packed):
-    bundle = packed("g4", num_hidden_layers=1)
-    backend, _, _ = bundle.open()
-    with pytest.raises(ValueError, match="a batch of 3 sequences is outside 1 to 2"):
-        backend.new_cache(3)
-    with pytest.raises(ValueError, match="a cache of 31 tokens is outside 1 to 30"):
-        backend.new_cache(1, 31)
-    cache = backend.new_cache(1)
-    with pytest.raises(ValueError, match="exceed the limit of 30"):
-        prefill(backend, cache, *prompts(31))
-
-
 def test_logits_that_are_no_numbers_are_an_error(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     with np.errstate(invalid="ignore"):
         bundle.network.model.norm.weight.data[:] = float("nan")
     from export.step_weights import write_step_weights
@@ -341,8 +261,40 @@ def test_logits_that_are_no_numbers_are_an_error(packed):
         generate(backend, prompts(3), SAMPLED["drawn"])
 
 
+def test_step_whose_logits_are_no_numbers_ends_the_text(packed):
+    """The device has no token for it, and steps behind it are on the stream already."""
+    bundle = packed()
+    backend, _, _ = bundle.open()
+    events = GenerationSession(backend).generate(prompts(4, 3), SAMPLED["greedy"])
+    assert next(events).index == 0
+    norm = (ctypes.c_float * 64).from_address(backend._weights.address("norm"))
+    norm[:] = [float("nan")] * 64
+    with pytest.raises(ValueError, match="row 0 has no token to pick"):
+        list(events)
+
+
+def test_tokens_follow_until_a_row_is_full(packed):
+    bundle = packed()
+    params, rows = SamplingParams(temperature=0.0), prompts(6, 5)
+    found = []
+    for backend in (bundle.torch(), bundle.open()[0]):
+        cache = backend.new_cache(2, 8)
+        ids = np.zeros((2, 6), np.int64)
+        choice = TokenChooser(
+            make_sampler(params, backend.vocab_size), ids, np.array([6, 5]), np.arange(2)
+        )
+        active = np.ones(2, bool)
+        first = choice.choose(prefill(backend, cache, *rows), 0, active)
+        tokens = []
+        with pytest.raises(ValueError, match="row 0 already holds 8 tokens, 1 more exceed"):
+            tokens.extend(map(np.copy, backend.decode_many(first, cache, choice, active)))
+        found.append((np.array(tokens).tolist(), cache.lengths.tolist()))
+    assert found[0] == found[1]
+    assert (len(found[0][0]), found[0][1]) == (2, [8, 7])
+
+
 def test_caches_of_others_and_closed_ones_are_refused(packed):
-    bundle = packed("g4", num_hidden_layers=1)
+    bundle = packed()
     backend, other = bundle.open()[0], bundle.open()[0]
     cache = backend.new_cache(1)
     with pytest.raises(TypeError, match="of another backend"):
@@ -362,16 +314,89 @@ def test_caches_of_others_and_closed_ones_are_refused(packed):
         backend.new_cache(1)
 
 
+def test_one_cache_is_not_stepped_by_two_threads_at_once(packed):
+    backend, _, launcher = packed().open()
+    cache = backend.new_cache(1)
+    prefill(backend, cache, *prompts(3))
+    original, refusals = launcher.launch, []
+
+    def other_thread():
+        with pytest.raises(RuntimeError, match="two threads step one cache at once"):
+            backend.decode(np.array([5]), cache)
+        refusals.append("refused")
+
+    def launch(*arguments):
+        if not refusals:
+            thread = threading.Thread(target=other_thread)
+            thread.start()
+            thread.join()
+        original(*arguments)
+
+    launcher.launch = launch
+    backend.decode(np.array([4]), cache)
+    assert refusals == ["refused"]
+    assert cache.lengths.tolist() == [4]
+
+
+def test_cache_begins_as_zeros_where_another_was(packed):
+    backend = packed().open()[0]
+    cache = backend.new_cache(1)
+    prefill(backend, cache, *prompts(5))
+    cache.close()
+    lane = backend.new_cache(1).lane
+    lane._stream.synchronize()
+    buffer = lane._cache.buffer
+    assert not any((ctypes.c_uint8 * buffer.size).from_address(buffer.address))
+
+
 def test_many_sessions_leave_nothing_behind(packed):
-    bundle = packed("g4", num_hidden_layers=1)
-    backend, cuda, launcher = bundle.open()
-    before = dict(cuda.ledger.live), cuda.used_bytes
+    backend, cuda, launcher = packed().open()
+    found = []
     for _ in range(100):
         backend.new_cache(2).close()
         backend.new_cache(1)
-    import gc
-
-    gc.collect()
-    assert (dict(cuda.ledger.live), cuda.used_bytes) == before
+        gc.collect()
+        found.append((dict(cuda.ledger.live), cuda.used_bytes))
+    assert found == found[:1] * 100
     backend.close()
     assert (cuda.ledger.live, cuda.used_bytes, launcher.closed) == ({}, 0, 1)
+
+
+def test_a_batch_that_has_ended_leaves_its_lane_and_its_graphs_to_the_next(packed):
+    backend, cuda, _ = packed().open()
+    rows = prompts(6, 3)
+    expected = generate(backend, rows, SAMPLED["greedy"])
+    first = generate(backend, rows[:1], SAMPLED["greedy"])
+    calls = ("cudaMalloc", "cudaHostAlloc", "cudaStreamCreateWithFlags", "cudaGraphInstantiate")
+    before = {name: cuda.calls[name] for name in calls}
+    assert generate(backend, rows[:1], SAMPLED["greedy"]) == first
+    assert {name: cuda.calls[name] for name in calls} == before
+    # A batch of another size takes the lane as well, with a cache and graphs of its own.
+    assert generate(backend, rows, SAMPLED["greedy"]) == expected
+    after = {name: cuda.calls[name] - count for name, count in before.items()}
+    assert after == {
+        "cudaMalloc": 1, "cudaHostAlloc": 0, "cudaStreamCreateWithFlags": 0,
+        "cudaGraphInstantiate": 1,
+    }  # fmt: skip
+    backend.close()
+    assert (cuda.ledger.violations, cuda.ledger.live, cuda.used_bytes) == ([], {}, 0)
+
+
+def test_a_benchmark_is_told_of_the_gpu_and_its_memory(packed, monkeypatch):
+    monkeypatch.setattr("runtime.gpu.copy_speed.copy_bytes_per_s.__defaults__", (1 << 20,))
+    backend, cuda, _ = packed().open()
+    backend.new_cache(2).close()
+    facts = backend.device_facts()
+    assert "sm89" in facts["gpu"]
+    assert facts["memory_mb"] == round(cuda.used_bytes / 2**20, 1) > 0
+    assert facts["copy_gb_per_s"] > 0
+    assert facts["runtime_cache"] == "none"
+    backend.close()
+
+
+def test_a_backend_that_nobody_closes_is_released_all_the_same(packed):
+    backend, cuda, launcher = packed().open()
+    backend.new_cache(1)
+    del backend
+    gc.collect()
+    assert (cuda.ledger.violations, cuda.ledger.live, launcher.closed) == ([], {}, 1)

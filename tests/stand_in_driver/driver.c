@@ -6,6 +6,8 @@
  * STAND_IN_KERNELS   file with a line for each kernel: its entry, then the bytes of each parameter
  * STAND_IN_VERSION   what cuDriverGetVersion gives, 13000 for CUDA 13.0
  * STAND_IN_CAPABILITY  compute capability, 89 for 8.9
+ * STAND_IN_COOPERATIVE  whether blocks may wait for each other, 1 if it is not set
+ * STAND_IN_OCCUPANCY  blocks that a multiprocessor has at once, 1 if it is not set
  * STAND_IN_FAULT     where it is set, the stream fails for good from the first launch on
  */
 #include <stdint.h>
@@ -78,6 +80,7 @@ static int cuDeviceGetAttribute(int *value, int attribute, int device) {
     case 38: *value = 1 << 16; break;   /* L2 cache, bytes */
     case 75: *value = capability / 10; break;
     case 76: *value = capability % 10; break;
+    case 95: *value = number("STAND_IN_COOPERATIVE", 1); break;
     default: return INVALID_VALUE;
   }
   return SUCCESS;
@@ -219,14 +222,19 @@ static int cuEventElapsedTime(float *ms, void *begin, void *end) {
   *ms = 0.5f;
   return SUCCESS;
 }
-static int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                          unsigned by, unsigned bz, unsigned shared, void *stream, void **parameters,
-                          void **extra) {
+static int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads,
+                                                       size_t shared) {
+  *blocks = number("STAND_IN_OCCUPANCY", 1);
+  fprintf(log_file(), "occupancy %s %d %zu\n", ((Kernel *)function)->entry, threads, shared);
+  return SUCCESS;
+}
+static int launched(const char *how, void *function, unsigned gx, unsigned gy, unsigned gz,
+                    unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream,
+                    void **parameters) {
   Kernel *kernel = function;
   int index, byte;
-  (void)extra;
-  fprintf(log_file(), "launch %s grid %u %u %u block %u %u %u shared %u stream %p", kernel->entry, gx,
-          gy, gz, bx, by, bz, shared, stream);
+  fprintf(log_file(), "%s %s grid %u %u %u block %u %u %u shared %u stream %p", how, kernel->entry,
+          gx, gy, gz, bx, by, bz, shared, stream);
   for (index = 0; index < kernel->count; index++) {
     fputc(' ', log_file());
     for (byte = 0; byte < kernel->sizes[index]; byte++)
@@ -236,6 +244,17 @@ static int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
   fflush(log_file());
   faulty = getenv("STAND_IN_FAULT") != NULL;
   return SUCCESS;
+}
+static int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
+                          unsigned by, unsigned bz, unsigned shared, void *stream, void **parameters,
+                          void **extra) {
+  (void)extra;
+  return launched("launch", function, gx, gy, gz, bx, by, bz, shared, stream, parameters);
+}
+static int cuLaunchCooperativeKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
+                                     unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                                     void *stream, void **parameters) {
+  return launched("cooperative", function, gx, gy, gz, bx, by, bz, shared, stream, parameters);
 }
 
 typedef struct {
@@ -251,7 +270,8 @@ static const Symbol symbols[] = {
     SYMBOL(cuCtxSetCurrent), SYMBOL(cuCtxGetDevice), SYMBOL(cuCtxSynchronize), SYMBOL(cuDevicePrimaryCtxRetain),
     SYMBOL(cuLibraryLoadData), SYMBOL(cuLibraryUnload), SYMBOL(cuLibraryGetKernel),
     SYMBOL(cuKernelGetFunction), SYMBOL(cuKernelSetAttribute), SYMBOL(cuMemAlloc), SYMBOL(cuMemFree),
-    SYMBOL(cuMemsetD32), SYMBOL(cuLaunchKernel), SYMBOL(cuDeviceTotalMem), SYMBOL(cuMemGetInfo),
+    SYMBOL(cuMemsetD32), SYMBOL(cuLaunchKernel), SYMBOL(cuLaunchCooperativeKernel),
+    SYMBOL(cuOccupancyMaxActiveBlocksPerMultiprocessor), SYMBOL(cuDeviceTotalMem), SYMBOL(cuMemGetInfo),
     SYMBOL(cuMemsetD8Async), SYMBOL(cuMemcpyHtoDAsync), SYMBOL(cuMemcpyDtoHAsync),
     SYMBOL(cuMemcpyDtoDAsync), SYMBOL(cuStreamCreate), SYMBOL(cuStreamDestroy),
     SYMBOL(cuStreamSynchronize), SYMBOL(cuStreamBeginCapture), SYMBOL(cuStreamEndCapture),

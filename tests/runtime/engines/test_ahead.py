@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import gc
 import logging
@@ -22,7 +23,7 @@ from runtime.token_chooser import TokenChooser
 from tests.engine_runs import generate, live, prefill, prompts
 from tests.fake_tensorrt import FakeGpu
 from tests.fake_tensorrt.cuda import Status
-from tests.fake_tensorrt.engine_file import WEIGHT_BYTES, add_fake_engine
+from tests.fake_tensorrt.engine_file import ACTIVATION_BYTES, WEIGHT_BYTES, add_fake_engine
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=40, temperature=0.9, top_k=40, seed=3, ignore_eos=True)
@@ -86,6 +87,39 @@ def test_a_token_costs_three_copies_and_one_wait_for_an_event(ahead: Backend, gp
     }
 
 
+def test_a_row_that_rests_costs_the_others_no_wait(ahead: Backend, gpu: FakeGpu) -> None:
+    decoding = Decoding(ahead, *prompts(5, 9), params=GREEDY)
+    decoding.take(2)
+    decoding.active[1] = False
+    decoding.take(LEAD + 1)
+    before = gpu.cuda.calls["cudaStreamSynchronize"]
+    decoding.take(10)
+    assert gpu.cuda.calls["cudaStreamSynchronize"] == before
+
+
+def test_a_step_with_logits_costs_what_it_does_without_a_decode_graph(
+    ahead: Backend, gpu: FakeGpu
+) -> None:
+    cache = ahead.new_cache(1)
+    prefill(ahead, cache, [3, 4])
+    ahead.decode(np.array([5]), cache)
+    before = dict(gpu.cuda.calls)
+    ahead.decode(np.array([6]), cache)
+    done = {name: n - before[name] for name, n in gpu.cuda.calls.items() if n > before[name]}
+    assert done == {"cudaMemcpyAsync": 2, "cudaStreamSynchronize": 1}
+
+
+def test_a_run_may_begin_on_a_cache_that_holds_nothing(ahead: Backend, reference: Backend) -> None:
+    found = []
+    for backend in (ahead, reference):
+        ids, active = np.array([[5]]), np.ones(1, bool)
+        sampler = make_sampler(GREEDY, backend.vocab_size)
+        choice = TokenChooser(sampler, ids, np.array([1]), np.arange(1))
+        steps = backend.decode_many(ids[0], backend.new_cache(1), choice, active)
+        found.append([int(next(steps)[0]) for _ in range(3)])
+    assert found[0] == found[1]
+
+
 def test_steps_are_on_the_stream_before_the_first_token_is_read(
     ahead: Backend, gpu: FakeGpu
 ) -> None:
@@ -107,6 +141,9 @@ def test_standard_tensorrt_repeats_a_graph_of_the_engine_and_the_tokens_way_back
         decoding.take(20)
         launched = gpu.cuda.calls.get("cudaGraphLaunch", 0)
         assert launched == (0 if product == "tensorrt_rtx" else 20 + LEAD - 1)
+        backend.rewind(decoding.cache, decoding.cache.lengths - 4)
+        decoding.take(1)  # begins anew, and repeats the graph that there is
+        assert gpu.cuda.calls.get("cudaGraphInstantiate", 0) == (product == "tensorrt")
 
 
 def test_steps_that_the_graph_is_not_certain_of_are_run_again_with_logits(
@@ -151,6 +188,11 @@ def test_whatever_changes_the_cache_between_two_tokens_begins_the_run_anew(
         decoding.backend.rewind(decoding.cache, decoding.cache.lengths - 4)
         return seen + decoding.take(6)
 
+    def rewind_one_row(decoding: Decoding) -> Any:
+        seen = decoding.take(6)
+        decoding.backend.rewind(decoding.cache, decoding.cache.lengths - np.array([3, 0]))
+        return seen + decoding.take(3)
+
     def decode_between(decoding: Decoding) -> Any:
         seen = decoding.take(3)
         decoding.backend.decode(np.array([11, 12]), decoding.cache)
@@ -174,6 +216,14 @@ def test_whatever_changes_the_cache_between_two_tokens_begins_the_run_anew(
         seen += decoding.take(3)
         return [*seen, next(first).tolist(), *decoding.take(1)]
 
+    def two_runs_at_equal_lengths(decoding: Decoding) -> Any:
+        first = decoding.steps
+        seen = decoding.take(3)
+        decoding.steps = decoding.begin(np.array([30, 31]))
+        seen += decoding.take(2)
+        decoding.backend.rewind(decoding.cache, decoding.cache.lengths - 2)
+        return [*seen, next(first).tolist()]
+
     def rewind_a_row_that_rests(decoding: Decoding) -> Any:
         decoding.active[0] = False
         seen = decoding.take(3)
@@ -183,10 +233,12 @@ def test_whatever_changes_the_cache_between_two_tokens_begins_the_run_anew(
 
     for act in (
         rewind,
+        rewind_one_row,
         decode_between,
         replace_the_last_token,
         prompt_between,
         two_runs,
+        two_runs_at_equal_lengths,
         rewind_a_row_that_rests,
     ):
         both(ahead, reference, act, *prompts(5, 20))
@@ -223,7 +275,7 @@ def test_a_full_cache_ends_the_run_for_active_rows_alone(
 def test_no_step_is_put_on_the_stream_that_the_cache_has_no_room_for(
     ahead: Backend, gpu: FakeGpu
 ) -> None:
-    decoding = Decoding(ahead, *prompts(5), params=GREEDY, capacity=7)
+    decoding = Decoding(ahead, *prompts(3, 5), params=GREEDY, capacity=7)
     decoding.take(1)
     assert gpu.cuda.calls["cudaEventRecord"] == 2
     decoding.take(1)
@@ -260,6 +312,38 @@ def test_batches_of_other_sizes_follow_each_other_on_one_lane(
         rows = prompts(*lengths)
         assert generate(ahead, rows, DRAWN) == generate(reference, rows, DRAWN)
     assert live(gpu, "execution context") == 2
+
+
+def test_a_cache_at_the_place_of_an_earlier_one_is_bound_anew(
+    ahead: Backend, reference: Backend, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, freed = gpu.cuda, []
+    free, allocate = cuda._free, cuda._allocate
+
+    def keep(kind: str, address: int) -> int:
+        freed.append(cuda._memory[address])
+        return free(kind, address)
+
+    def reuse(kind: str, size: int) -> int:
+        """Memory that was freed last, as drivers like to give it."""
+        found = next((m for m in reversed(freed) if (m.kind, m.size) == (kind, size)), None)
+        if found is None:
+            return allocate(kind, size)
+        freed.remove(found)
+        cuda._memory[found.address] = dataclasses.replace(found, handle=cuda.ledger.born(kind))
+        bisect.insort(cuda._sorted, found.address)
+        return found.address
+
+    monkeypatch.setattr(cuda, "_free", keep)
+    monkeypatch.setattr(cuda, "_allocate", reuse)
+    params = dataclasses.replace(GREEDY, max_tokens=5)
+    (lane,) = ahead._lanes._all  # type: ignore[attr-defined]
+    places = []
+    for _ in range(2):
+        assert generate(ahead, prompts(5), params) == generate(reference, prompts(5), params)
+        places.append(lane._cache.place(None).addresses)
+        ahead.new_cache(2)
+    assert places[0] == places[1]
 
 
 def test_two_batches_run_ahead_side_by_side(ahead: Backend, reference: Backend) -> None:
@@ -407,6 +491,23 @@ def test_memory_for_both_is_made_sure_of_before_anything_is_loaded(
         error.value
     )
     assert gpu.cuda.used_bytes == 0
+
+
+def test_memory_for_both_contexts_is_made_sure_of_before_either_is_made(
+    ahead_bundle: Bundle, gpu: FakeGpu
+) -> None:
+    """Also that of a cache: what is missing shows before any prompt."""
+    gpu.cuda.total_bytes = 2 * WEIGHT_BYTES + 2 * ACTIVATION_BYTES + 500_000
+    with pytest.raises(BackendUnavailableError) as error:
+        open_backend("tensorrt_rtx", ahead_bundle)
+    parts = ("activations", "tokens and logits", "a cache of 1 sequence")
+    parts += ("activations of the decode graph", "the choice of tokens")
+    sizes = (1.0, 0.1, 0.9, 1.0, 0.1)
+    said = ", ".join(f"{part} {size} MB" for part, size in zip(parts, sizes, strict=True))
+    assert f"({said})" in str(error.value)
+    gpu.cuda.total_bytes += 500_000
+    with closing(open_backend("tensorrt_rtx", ahead_bundle)) as backend:
+        generate(backend, prompts(5), dataclasses.replace(GREEDY, max_tokens=2))
 
 
 @pytest.mark.parametrize("graph", ["?", {"width": 8}, {"path": "engines/x.engine"}])

@@ -87,6 +87,21 @@ def test_gpu_that_the_product_knows_no_engines_for_is_said(
     assert "--backend tensorrt" in text
 
 
+def test_engine_of_standard_tensorrt_is_compared_by_what_its_manifest_says(
+    prepared: Prepared, gpu: FakeGpu
+) -> None:
+    trt, bundle = gpu.products["tensorrt"], prepared(backend="tensorrt")
+    trt.__version__ = "11.1.0.2"
+    text = refusal(bundle, "tensorrt")
+    assert "was built by tensorrt 1.7.1.116, here is 11.1.0.2" in text
+    assert "pip install tensorrt==1.7.1.116; or: " in text
+    trt.__version__ = "1.7.1.116"
+    gpu.cuda.capability = (9, 0)
+    text = refusal(bundle, "tensorrt")
+    assert "was built for sm89, here is NVIDIA GeForce RTX 4090 (sm90, driver" in text
+    assert BUILD.format("tensorrt", "sm90") in text
+
+
 def test_engine_of_several_targets_runs_on_each(prepared: Prepared, gpu: FakeGpu) -> None:
     bundle = prepared(targets=("sm86", "sm89", "sm120"))
     for capability in ((8, 6), (8, 9), (12, 0)):
@@ -107,6 +122,8 @@ def test_truncated_engine_is_refused_before_the_library_sees_it(
     text = refusal(replace_engine(bundle, lambda blob: blob[:-1]))
     assert f"has {len(blob) - 1} bytes, its header says {len(blob)}: it is truncated" in text
     assert BUILD.format("tensorrt_rtx", "sm89") in text
+    text = refusal(replace_engine(bundle, lambda _: blob + b"\0"))
+    assert f"has {len(blob) + 1} bytes, its header says {len(blob)}: it is truncated or" in text
 
 
 def test_altered_engine_is_refused_by_its_hash(prepared: Prepared, gpu: FakeGpu) -> None:
@@ -147,9 +164,10 @@ def test_engine_of_the_other_product_is_refused_both_ways(
     ("details", "text"),
     [
         ({"targets": ["sm86", "sm89"]}, "says targets ['sm89'], the manifest ['sm86', 'sm89']"),
+        ({"targets": []}, "says targets ['sm89'], the manifest []"),
         ({"builder_version": "1.7.0.1"}, "says version 1.7.1.116, the manifest 1.7.0.1"),
     ],
-    ids=["targets", "version"],
+    ids=["targets", "none", "version"],
 )
 def test_header_that_differs_from_the_manifest_is_refused(
     prepared: Prepared, gpu: FakeGpu, details: dict[str, Any], text: str
@@ -216,6 +234,18 @@ def test_engine_that_passes_every_check_and_still_does_not_load_gives_the_librar
     assert "cannot load engine engines/tensorrt_rtx-sm89-fp32.engine, built with 1.7.1.116" in text
     assert "deserializeCudaEngine: the engine was refused" in text
     assert "plugins" not in text
+
+
+def test_engine_with_plugins_that_does_not_load_names_their_kernels(
+    prepared: Prepared, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_backend, "prepare_plugins", lambda *_: None)
+    bundle = prepared(details={"plugin": "doge"})
+    gpu.trt.refuse.add("deserialize_cuda_engine")
+    text = refusal(bundle)
+    command = f"python export/build_kernels.py {bundle.path}"
+    assert f"it has plugins, whose kernels this bundle must hold ({command}). " in text
+    assert "--plugin doge" in text
 
 
 def test_engine_with_plugins_names_the_kernels_that_it_needs(

@@ -15,7 +15,7 @@ import pytest
 import plugins.tensorrt_plugin
 from plugins.plugin_host import PluginHost
 from runtime.backends import open_backend
-from runtime.backends.base import Backend
+from runtime.backends.base import Backend, BackendUnavailableError
 from runtime.bundle import Bundle
 from runtime.sampling import SamplingParams
 from tests.engine_runs import generate, live, prefill, prompts
@@ -61,6 +61,54 @@ def test_a_decode_step_copies_once_each_way_and_waits_once(engine: Backend, gpu:
     done = {name: n - before.get(name, 0) for name, n in gpu.cuda.calls.items()}
     made = {name: n for name, n in done.items() if n}
     assert made == {"cudaMemcpyAsync": 100, "cudaStreamSynchronize": 50}
+
+
+def test_a_batch_of_all_rows_allocates_nothing_for_its_logits(
+    engine: Backend, gpu: FakeGpu
+) -> None:
+    cache = engine.new_cache(3)
+    before = gpu.cuda.calls["cudaMalloc"]
+    prefill(engine, cache, [3, 4, 5], [6], [7])
+    engine.decode(np.array([7, 8, 9]), cache)
+    assert gpu.cuda.calls["cudaMalloc"] == before
+
+
+def test_too_little_memory_for_the_logits_of_scoring_says_how_to_score(
+    engine: Backend, gpu: FakeGpu
+) -> None:
+    cache = engine.new_cache(1)
+    gpu.cuda.total_bytes = gpu.cuda.used_bytes + 100_000
+    text = r"logits of every token 0\.6 MB\), 0\.1 MB are free; score with a smaller --window"
+    with pytest.raises(BackendUnavailableError, match=text):
+        engine.score(np.ones((1, 64), np.int64), np.array([64]), cache)
+
+
+def test_a_switch_of_profiles_that_fails_is_made_again(
+    engine: Backend, reference: Backend, gpu: FakeGpu
+) -> None:
+    cache, expected = engine.new_cache(1), reference.new_cache(1)
+    prefill(engine, cache, [3, 4, 5])
+    gpu.cuda.failures["cudaStreamSynchronize"] = Status.cudaErrorIllegalAddress
+    with pytest.raises(RuntimeError, match="cudaStreamSynchronize failed"):
+        engine.decode(np.array([6]), cache)
+    prefill(reference, expected, [3, 4, 5])
+    found = [prefill(b, c, [6, 7]) for b, c in ((engine, cache), (reference, expected))]
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_a_batch_runs_in_its_own_memory_whatever_the_lane_has_bound_before(
+    engine: Backend, gpu: FakeGpu
+) -> None:
+    first = engine.new_cache(1)
+    expected = prefill(engine, first, [3])  # a step of one token, as the next batch's first one
+    del first
+    other = engine.new_cache(2)  # on the same lane; runs nothing
+    taken = engine.new_cache(1)  # on another one, perhaps where the first cache was
+    del other
+    again = engine.new_cache(1)
+    np.testing.assert_array_equal(prefill(engine, again, [3]), expected)
+    assert live(gpu, "execution context") == 2
+    del taken
 
 
 def test_standard_tensorrt_decodes_by_a_graph_of_ours_once_a_step_has_run(

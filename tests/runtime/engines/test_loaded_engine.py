@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from runtime.backends import open_backend
 from runtime.backends.base import BackendUnavailableError
 from runtime.bundle import Bundle
 from tests.engine_runs import prefill
-from tests.fake_tensorrt import FakeGpu
+from tests.fake_tensorrt import FakeGpu, library
 from tests.fake_tensorrt.cuda import Status
 from tests.fake_tensorrt.engine_file import ACTIVATION_BYTES, WEIGHT_BYTES, add_fake_engine
+from tests.fake_tensorrt.enums import CudaGraphStrategy, Specialization
 
 PRODUCTS = ("tensorrt_rtx", "tensorrt")
 CLOSING = ("cudaStreamSynchronize", "cudaFree", "cudaFreeHost", "cudaStreamDestroy")
@@ -170,6 +172,43 @@ def test_a_release_that_fails_keeps_nothing_else_from_being_released(
         (kind,) = gpu.cuda.ledger.live
         assert gpu.cuda.ledger.live == {kind: 1}, "the one whose release has failed"
         gpu.cuda.drop_leaked()
+
+
+def test_no_runtime_configuration_is_an_error_that_says_so(
+    engine_bundle: Bundle, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library._Engine, "create_runtime_config", lambda self: None)
+    with pytest.raises(BackendUnavailableError, match="no runtime configuration could be made: "):
+        open_backend("tensorrt_rtx", engine_bundle)
+
+
+def test_a_library_that_captures_no_graphs_is_told_and_ours_are_used(
+    engine_bundle: Bundle,
+    gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    none = property(lambda self: CudaGraphStrategy.DISABLED, lambda self, wanted: None)
+    monkeypatch.setattr(library._RtxConfig, "cuda_graph_strategy", none)
+    with (
+        caplog.at_level(logging.INFO, "runtime"),
+        closing(open_backend("tensorrt_rtx", engine_bundle)) as backend,
+    ):
+        cache = backend.new_cache(1)
+        for _ in range(4):
+            prefill(backend, cache, [3])
+    assert "tensorrt_rtx does not capture CUDA graphs here" in caplog.text
+    assert gpu.cuda.calls["cudaGraphLaunch"] == 3
+
+
+def test_kernels_of_a_shape_are_compiled_beside_the_run(
+    engine_bundle: Bundle, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = "dynamic_shapes_kernel_specialization_strategy"
+    monkeypatch.setattr(library._RtxConfig, option, Specialization.EAGER)
+    with closing(open_backend("tensorrt_rtx", engine_bundle)) as backend:
+        (engine,) = backend._engines  # type: ignore[attr-defined]
+        assert getattr(engine._config, option) == Specialization.LAZY
 
 
 def test_no_context_is_an_error_that_says_so_and_why(engine_bundle: Bundle, gpu: FakeGpu) -> None:

@@ -18,7 +18,7 @@ import pytest
 from runtime.backends import open_backend
 from runtime.bundle import Bundle
 from runtime.engines.runtime_cache import CACHE_FOLDER, CacheKey, RuntimeCacheFile
-from tests.fake_tensorrt import FakeGpu
+from tests.fake_tensorrt import FakeGpu, library
 from tests.fake_tensorrt.engine_file import add_fake_engine
 
 ROOT = Path(__file__).parents[3]
@@ -99,6 +99,19 @@ def test_a_cache_of_another_key_under_this_name_is_not_used(
     assert "it belongs to something else" in line
 
 
+def test_a_write_that_fails_leaves_nothing_unfinished(
+    tmp_path: Path, told: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    RuntimeCacheFile(tmp_path, KEY).write(b"kernels")
+    (line,) = lines(told)
+    assert line.endswith("no space left on device")
+    assert [*(tmp_path / CACHE_FOLDER).iterdir()] == []
+
+
 def test_what_was_read_is_not_written_again(tmp_path: Path) -> None:
     RuntimeCacheFile(tmp_path, KEY).write(b"kernels")
     file = RuntimeCacheFile(tmp_path, KEY)
@@ -142,6 +155,8 @@ def test_a_process_killed_while_it_writes_leaves_the_old_cache_or_none(
     assert RuntimeCacheFile(tmp_path, KEY).read() == old
     assert lines(told) == []
     (left,) = (tmp_path / CACHE_FOLDER).glob("*.unfinished")
+    file.write(b"new")
+    assert left.exists(), "another process may write it now"
     os.utime(left, (time.time() - 7200,) * 2)
     file.write(b"newer")
     assert RuntimeCacheFile(tmp_path, KEY).read() == b"newer"
@@ -225,6 +240,19 @@ def test_a_cache_that_cannot_be_serialized_is_no_error(
     run_once(bundle)
     (line,) = lines(told)
     assert "is not saved, the next start compiles again: the cache could not be serial" in line
+
+
+def test_a_library_that_takes_no_cache_is_told_and_nothing_is_saved(
+    bundle: Bundle,
+    gpu: FakeGpu,
+    told: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library._RtxConfig, "set_runtime_cache", lambda self, cache: False)
+    run_once(bundle)
+    (line,) = lines(told)
+    assert line.startswith("no runtime cache is used, every start compiles: ")
+    assert not (bundle.path / CACHE_FOLDER).exists()
 
 
 def test_standard_tensorrt_keeps_no_cache(

@@ -188,3 +188,35 @@ def test_steps_end_differs_and_its_layers_do_not():
     assert steps["ruled"][-1].arguments["counts"] == places.area("counts")
     assert steps["greedy"][-1].arguments["next_x"] == places.area("x")
     assert steps["greedy"][-1].arguments["last_slot"] == LIMITS.max_seq_len - 1
+
+
+@pytest.mark.parametrize("name", ["doge-160m", "doge-20m-moe", "doge-76m"])
+def test_scratch_memory_and_counters_are_those_of_the_launch_that_needs_most(name):
+    kernels = kernels_of(name, "fp16")
+    for batch in (1, 4):
+        step = kernels.step_for(batch)
+        parts = [step._heads["greedy"], *step._choices.values()]
+        if kernels.model.experts is not None:
+            parts.append(step._down)
+        assert step.workspace_bytes >= step._attention.workspace_bytes(batch, 1) > 0
+        assert step.counters >= step._attention.counters(batch, 1) > 0
+        for part in parts:
+            assert step.workspace_bytes >= part.workspace_bytes > 0
+            assert step.counters >= part.counters > 0
+    prompt = kernels.prompt
+    for rows in range(1, 5):
+        sizes = (rows, prompt.max_tokens // rows)
+        assert prompt.workspace_bytes >= prompt._attention.workspace_bytes(*sizes)
+        assert prompt.counters >= prompt._attention.counters(*sizes)
+    for part in (step, prompt):
+        assert kernels.areas["workspace"] >= part.workspace_bytes
+        assert kernels.areas["counters"] >= 4 * part.counters
+
+
+def test_products_that_decide_what_counts_are_not_rounded_before():
+    """In prompts; all others go through tensor cores in the weights' type."""
+    prompt = kernels_of("doge-20m-moe", "fp16").prompt
+    small = (prompt._score, prompt._router)
+    wide = (prompt._qkv, prompt._o, prompt._gate_up, prompt._down, prompt._head)
+    assert {spec.constants["DOT"] for part in small for spec in part.specs} == {"float32"}
+    assert {spec.constants["DOT"] for part in wide for spec in part.specs} == {"float16"}

@@ -1,0 +1,1 @@
+"""Several decode steps of one sequence in one launch."""
