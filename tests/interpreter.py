@@ -73,15 +73,14 @@ _prepared: set[int] = set()
 
 
 def _spare_work() -> None:
-    """Take work off the interpreter that changes no result; before each launch.
+    """Take work off the interpreter that changes no result.
 
     It changes Triton's language anew at every call of a device function, though all of that lasts
-    until the launch is over. It computes whether sums of integers overflow and does nothing with
-    the answer. It makes a table of all types whenever it looks one up.
+    until the launch is over, whoever launches. It computes whether sums of integers overflow and
+    does nothing with the answer. It makes a table of all types whenever it looks one up.
     """
     from triton.runtime import interpreter
 
-    _prepared.clear()
     if hasattr(interpreter, "spared"):
         return
     interpreter.spared = True
@@ -93,8 +92,16 @@ def _spare_work() -> None:
         found = {id(value) for value in function.__globals__.values() if value in known}
         if found <= _prepared:
             return interpreter._LangPatchScope()
+        scope = prepare(function)
+        restore = scope.restore
+
+        def restore_and_note():
+            restore()
+            _prepared.difference_update(found)
+
         _prepared.update(found)
-        return prepare(function)
+        scope.restore = restore_and_note
+        return scope
 
     def known_type(dtype):
         if dtype.name not in types:
