@@ -9,6 +9,7 @@ from functools import cached_property
 from plugins.dynamic_mask_attention.launches import AttentionKernels, type_problems
 from plugins.dynamic_mask_attention.variants import HeadShape, append_variant, decode_variant
 from plugins.kernel_spec import TRITON_TYPES, KernelSpec, Launch
+from plugins.launch_arguments import checked_addresses
 
 
 def make_step_attention(
@@ -271,22 +272,16 @@ class StepAppend:
             "sin": (sin, self._rotates),
             "A": (A, self.computes_score),
         }
-        problems = [
-            f"{name} {'missing' if need else 'unused'}"
-            for name, (address, need) in needed.items()
-            if bool(address) != need
-        ]
+        problems = []
         if min(batch, tokens, slots) < 1:
             problems.append(
                 f"{batch} sequences of {tokens} tokens and {slots} slots, expected positive numbers"
             )
-        if problems:
-            raise ValueError(f"{self.spec.name}: {', '.join(problems)}")
         return Launch(
             kernel=self.spec.name,
             sizes={"rows": batch * tokens},
             arguments={
-                **{name: address for name, (address, _) in needed.items()},
+                **checked_addresses(self.spec.name, needed, *problems),
                 "S": tokens,
                 "C": slots,
                 "eps": self.eps,

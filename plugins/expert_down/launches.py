@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from plugins.expert_gather.launches import HIDDEN_MULTIPLE, MAX_NUM_KEYS, MAX_TOP_K
 from plugins.kernel_spec import POINTER_ALIGNMENT, TRITON_TYPES, KernelSpec, Launch
+from plugins.launch_arguments import checked_addresses, checked_batch
 from plugins.projection.matrix import (
     ENOUGH_PROGRAMS,
     MAX_LOADS,
@@ -237,10 +238,7 @@ class ExpertDown:
             ValueError: a larger batch than it was made for, or an address that is missing or that
                 it has no use for.
         """
-        if not 1 <= batch <= self.batch:
-            raise ValueError(
-                f"a batch of {batch}, expected 1 to {self.batch}, which it was made for"
-            )
+        checked_batch(batch, self.batch)
         scaled = self.tables.kind == "int8"
         needed = {
             "x": (x, True),
@@ -257,15 +255,8 @@ class ExpertDown:
             "arrivals": (counters, True),
             "output": (output, True),
         }
-        problems = [
-            f"{name} {'missing' if need else 'unused'}"
-            for name, (address, need) in needed.items()
-            if bool(address) != need
-        ]
-        if not workspace:
-            problems.append("workspace missing")
-        if problems:
-            raise ValueError(f"{self.spec.name}: {', '.join(problems)}")
+        problems = () if workspace else ("workspace missing",)
+        addresses = checked_addresses(self.spec.name, needed, *problems)
         scratch = {}
         for name, size in self._regions.items():
             scratch[name] = workspace
@@ -274,7 +265,7 @@ class ExpertDown:
             kernel=self.spec.name,
             sizes={"batch": batch},
             arguments={
-                **{name: address for name, (address, _) in needed.items()},
+                **addresses,
                 **scratch,
                 "batch": batch,
                 "eps": self.eps,

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from plugins.kernel_spec import POINTER_ALIGNMENT, TRITON_TYPES, KernelSpec, Launch
+from plugins.launch_arguments import checked_addresses, checked_batch
 from plugins.projection.matrix import (
     ENOUGH_HEAD_PROGRAMS,
     ENOUGH_PROGRAMS,
@@ -245,8 +246,12 @@ class Projection:
         }
         return Launch(
             kernel=self.spec.name,
-            sizes={"batch": _checked_batch(batch, self.batch)},
-            arguments={**_checked(self.spec.name, needed), "batch": batch, "eps": self.eps},
+            sizes={"batch": checked_batch(batch, self.batch)},
+            arguments={
+                **checked_addresses(self.spec.name, needed),
+                "batch": batch,
+                "eps": self.eps,
+            },
         )
 
 
@@ -443,9 +448,9 @@ class Head:
         }  # fmt: skip
         return Launch(
             kernel=self.spec.name,
-            sizes={"batch": _checked_batch(batch, self.batch)},
+            sizes={"batch": checked_batch(batch, self.batch)},
             arguments={
-                **_checked(self.spec.name, needed),
+                **checked_addresses(self.spec.name, needed),
                 "batch": batch,
                 "last_slot": last_slot,
                 "eps": self.eps,
@@ -522,21 +527,5 @@ class Embedding:
         return Launch(
             kernel=self.spec.name,
             sizes={"batch": batch},
-            arguments=_checked(self.spec.name, needed),
+            arguments=checked_addresses(self.spec.name, needed),
         )
-
-
-def _checked_batch(batch: int, largest: int) -> int:
-    if not 1 <= batch <= largest:
-        raise ValueError(f"a batch of {batch}, expected 1 to {largest}, which it was made for")
-    return batch
-
-
-def _checked(kernel: str, addresses: dict[str, tuple[int, bool]]) -> dict[str, int]:
-    """The addresses, each given if and only if it is needed."""
-    if wrong := [name for name, (address, need) in addresses.items() if bool(address) != need]:
-        raise ValueError(
-            f"{kernel}: "
-            + ", ".join(f"{name} {'missing' if addresses[name][1] else 'unused'}" for name in wrong)
-        )
-    return {name: address for name, (address, _) in addresses.items()}

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple, get_args
 
 from plugins.kernel_spec import TRITON_TYPES, KernelSpec, Launch
+from plugins.launch_arguments import checked_addresses
 from plugins.projection.launches import Activation, Epilogue, TokenType
 from plugins.projection.matrix import (
     ceil_div,
@@ -184,7 +185,7 @@ class PromptProjection:
         return Launch(
             kernel=spec.name,
             sizes={"tokens": tokens},
-            arguments={**_checked(spec.name, needed), "tokens": tokens, "eps": self.eps},
+            arguments={**checked_addresses(spec.name, needed), "tokens": tokens, "eps": self.eps},
         )
 
     def _tile(self, tokens: int) -> PromptTile:
@@ -318,15 +319,5 @@ class GatherRows:
         return Launch(
             kernel=self.spec.name,
             sizes={"rows": rows},
-            arguments=_checked(self.spec.name, needed),
+            arguments=checked_addresses(self.spec.name, needed),
         )
-
-
-def _checked(kernel: str, addresses: dict[str, tuple[int, bool]]) -> dict[str, int]:
-    """The addresses, each given if and only if it is needed."""
-    if wrong := [name for name, (address, need) in addresses.items() if bool(address) != need]:
-        raise ValueError(
-            f"{kernel}: "
-            + ", ".join(f"{name} {'missing' if addresses[name][1] else 'unused'}" for name in wrong)
-        )
-    return {name: address for name, (address, _) in addresses.items()}

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from plugins.kernel_spec import POINTER_ALIGNMENT, TRITON_TYPES, KernelSpec, Launch
+from plugins.launch_arguments import checked_addresses, checked_batch
 from plugins.projection.launches import Activation, TokenType
 from plugins.projection.matrix import (
     MAX_BATCH,
@@ -224,10 +225,7 @@ class TokenChoice:
             ValueError: a larger batch than the choice was made for, or an address that is missing
                 or that it has no use for.
         """
-        if not 1 <= batch <= self.batch:
-            raise ValueError(
-                f"a batch of {batch}, expected 1 to {self.batch}, which it was made for"
-            )
+        checked_batch(batch, self.batch)
         table = self.embedding
         needed = {
             "logits": (logits, True),
@@ -248,14 +246,11 @@ class TokenChoice:
             "ring": (ring, True),
             "step": (step, True),
         }  # fmt: skip
-        if wrong := [name for name, (address, need) in needed.items() if bool(address) != need]:
-            found = [f"{name} {'missing' if needed[name][1] else 'unused'}" for name in wrong]
-            raise ValueError(f"{self.spec.name}: {', '.join(found)}")
         return Launch(
             kernel=self.spec.name,
             sizes={"batch": batch},
             arguments={
-                **{name: address for name, (address, _) in needed.items()},
+                **checked_addresses(self.spec.name, needed),
                 "masses": workspace + self._array_bytes,
                 "last_slot": last_slot,
                 "vocab_size": self.vocab_size,
