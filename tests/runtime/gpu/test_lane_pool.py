@@ -13,6 +13,7 @@ from runtime.backends import open_backend
 from runtime.backends.base import Backend, BackendUnavailableError
 from runtime.backends.tensorrt_backend import TensorRTCache
 from runtime.bundle import Bundle
+from runtime.gpu.lane_pool import LanePool
 from runtime.sampling import SamplingParams
 from tests.engine_runs import generate, live, prefill, prompts
 from tests.fake_tensorrt import FakeGpu
@@ -159,3 +160,55 @@ def test_a_cache_of_another_backend_is_refused(
         prefill(engine, other.new_cache(1), [3])
     with pytest.raises(TypeError, match="a cache of OnnxRuntimeCache does not belong"):
         prefill(engine, reference.new_cache(1), [3])
+
+
+class PlainLane:
+    """A lane that does nothing but note it."""
+
+    usable = True
+
+    def __init__(self, done: list[str], error: Exception | None = None) -> None:
+        self.rows = 0
+        self._done, self._error = done, error
+
+    def begin(self, rows: int) -> None:
+        if self._error is not None:
+            raise self._error
+        self.rows = rows
+        self._done.append(f"begin {rows}")
+
+    def close(self) -> None:
+        self._done.append("close")
+
+
+def test_a_lane_that_cannot_begin_is_closed_once_and_never_given_out() -> None:
+    done: list[str] = []
+    lanes = [PlainLane(done, RuntimeError("cudaMemsetAsync failed")), PlainLane(done)]
+    given = iter(lanes)
+    pool = LanePool(lambda rows: next(given))
+    with pytest.raises(RuntimeError, match="cudaMemsetAsync failed"):
+        pool.take(1)
+    assert done == ["close"]
+    assert not pool.owns(lanes[0])
+    pool.give_back(lanes[0])  # nothing: it is none of the pool's
+    assert pool.take(2) is lanes[1]
+    pool.close()
+    assert done == ["close", "begin 2", "close"]
+
+
+def test_all_is_closed_in_order_whatever_becomes_of_the_rest() -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        done.append("fail")
+        raise OSError("no space left")
+
+    pool = LanePool(
+        lambda rows: PlainLane(done),
+        first=(fail, lambda: done.append("first")),
+        last=(lambda: done.append("last"), lambda: done.append("very last")),
+    )
+    pool.take(1)
+    with pytest.raises(OSError, match="no space left"):
+        pool.close()
+    assert done == ["begin 1", "fail", "first", "close", "last", "very last"]

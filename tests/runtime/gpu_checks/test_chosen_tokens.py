@@ -10,7 +10,7 @@ import pytest
 
 from runtime.backends.base import Backend, Cache, Limits
 from runtime.gpu_checks.chosen_tokens import check_chosen_tokens
-from runtime.sampling import make_sampler
+from runtime.sampling import boundary_distance, make_sampler
 from runtime.token_chooser import TokenChooser
 
 VOCAB = 50
@@ -154,6 +154,128 @@ def test_one_greedy_token_beyond_rounding_fails_and_one_within_does_not():
     assert wrong == []
     assert rules["greedy"]["equal"] == 63
     assert rules["greedy"]["distance"] == pytest.approx(5e-4, rel=0.01)
+
+
+def test_the_distance_of_a_drawn_token_is_to_its_share_and_the_largest_is_told():
+    """Of two tokens with half of the mass each: the wrong one is as far as the uniform number."""
+
+    class Coin(Choosing):
+        table = np.full((VOCAB, VOCAB), -50, np.float32)
+        table[:, 7] = table[:, 9] = 3.0
+
+    class Swapped(Coin):
+        """Takes the other side of the coin at two steps."""
+
+        def decode_many(self, input_ids, cache, choice, active):
+            tokens = input_ids
+            for count in itertools.count(1):
+                logits = self.decode(tokens, cache, active)
+                tokens = choice.choose(logits, count, active)
+                if count in (6, 20) and choice.sampler.params.temperature == 1:
+                    tokens = 16 - tokens  # 7 for 9, 9 for 7
+                    self.uniform.append(float(choice.uniform(count)[0]))
+                yield tokens
+
+    backend = Swapped()
+    backend.uniform = []
+    wrong, rules = verdicts(backend)
+    assert wrong == []  # 62 of 64
+    drawn = rules["drawn"]
+    assert drawn["equal"] == 62
+    distances = [abs(number - 0.5) for number in backend.uniform]
+    assert min(distances) > 0.01
+    assert {number < 0.5 for number in backend.uniform} == {True, False}, "one on each side"
+    assert drawn["first_parting"]["distance"] == pytest.approx(distances[0], abs=1e-6)
+    assert drawn["distance"] == pytest.approx(max(distances), abs=1e-6)
+
+
+def test_behind_a_parting_the_rules_look_at_what_the_gpu_chose():
+    """It takes the other side of a coin once, and goes on by its own history."""
+
+    class Coin(Choosing):
+        table = np.full((VOCAB, VOCAB), -50, np.float32)
+        table[:, 7] = table[:, 9] = 3.0
+        distance = None
+
+        def decode_many(self, input_ids, cache, choice, active):
+            tokens, history = input_ids, choice.history
+            for count in itertools.count(1):
+                logits = self.decode(tokens, cache, active)
+                adjusted = choice.sampler.adjust(logits, history)
+                tokens = choice.choose(logits, count, active)
+                if count == 7 and history.counts is not None:
+                    history.counts[0, tokens[0]] -= 1
+                    tokens = 16 - tokens
+                    history.append(tokens, active)
+                    self.distance = boundary_distance(
+                        adjusted[0], float(choice.uniform(count)[0]), choice.sampler.params
+                    )
+                yield tokens
+
+    backend = Coin()
+    _, rules = verdicts(backend)
+    assert [case["equal"] for case in rules.values()] == [64, 64, 63]
+    assert rules["every rule"]["distance"] == pytest.approx(backend.distance, abs=1e-6)
+
+
+def test_the_seed_is_that_of_the_run_and_tokens_of_the_host_are_counted():
+    class Seen(Choosing):
+        host_choices = 100
+
+        def other_rules(self, choice):
+            seeds.append(choice.sampler.params.seed)
+            return choice
+
+        def other_count(self, count):
+            self.host_choices += count == 3
+            return count
+
+    seeds = []
+    _, rules = verdicts(Seen())
+    assert seeds == [7, 7, 7]
+    assert [case["chosen_by_host"] for case in rules.values()] == [1, 1, 1]
+
+
+def test_one_token_beyond_is_enough_though_others_are_within():
+    second = np.sort(Choosing.table, -1)[:, -2:-1]
+
+    class Near(Choosing):
+        table = np.where(Choosing.table == second, np.float32(2.9995), Choosing.table)
+
+        def other_logits(self, logits, count):
+            if count not in (10, 30):
+                return logits
+            order = np.argsort(-logits[0])
+            taken = order[2] if count == 10 else order[1]
+            return np.eye(VOCAB, dtype=np.float32)[[taken]]
+
+    wrong, rules = verdicts(Near())
+    assert (wrong, rules["greedy"]["equal"]) == (["greedy"], 62)
+
+
+@pytest.mark.parametrize(("share", "passes"), [(1.9, True), (2.1, False)])
+def test_a_greedy_token_may_lack_twice_the_tolerance_of_its_row(share, passes):
+    """Each of two engines may be off by atol and rtol of the largest logit."""
+    atol, rtol = 1e-2, 1e-2
+    largest = float(Choosing.table.max())
+    lacking = share * (atol + rtol * largest)
+
+    class Near(Choosing):
+        table = np.where(
+            Choosing.table == np.sort(Choosing.table, -1)[:, -2:-1],
+            np.float32(largest - lacking),
+            Choosing.table,
+        )
+
+        def other_logits(self, logits, count):
+            if count not in (10, 30):
+                return logits
+            return np.where(logits == logits.max(), -9, logits).astype(np.float32)
+
+    found = check_chosen_tokens(Near(), PROMPT, 7, (atol, rtol))
+    greedy = found["rules"][0]
+    assert (greedy["equal"], greedy["verdict"]) == (62, "pass" if passes else "fail")
+    assert greedy["distance"] == pytest.approx(lacking, rel=1e-3)
 
 
 def test_a_drawn_token_that_could_not_be_has_no_distance_in_json():
