@@ -9,17 +9,15 @@ needed.
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from plugins.launcher import Launcher
-from runtime.backends.base import Backend, BackendUnavailableError, Cache, Ids, Logits
-from runtime.gpu.copy_speed import copy_bytes_per_s
+from runtime.backends.base import BackendUnavailableError, Cache, Ids, Logits
+from runtime.backends.lane_backend import LaneBackend
 from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
 from runtime.gpu.lane_pool import LanePool
 from runtime.kernel_step.choice_rules import ChoiceRules, why_host_chooses
@@ -31,8 +29,6 @@ from runtime.sampling import no_token_to_pick
 from runtime.token_chooser import TokenChooser
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from runtime.bundle import Bundle
     from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
@@ -44,26 +40,7 @@ LEAST_CAPABILITY = (8, 0)
 _LESS = "end other programs on the GPU, or build with a smaller --max-batch-size or --max-seq-len"
 
 
-@dataclass(kw_only=True)
-class CudaCache(Cache):
-    """The sequences of one batch on a lane, which is this batch's alone.
-
-    When the cache is closed, or nothing refers to it any more, its lane serves another batch.
-
-    Attributes:
-        lane: a stream, graphs, and the memory of steps and cache; None once the cache is closed.
-    """
-
-    lane: KernelLane | None = field(repr=False)
-    _give_back: Callable[[], object] = field(init=False, repr=False, default=lambda: None)
-
-    def close(self) -> None:
-        """Let another batch have the lane; harmless when called again."""
-        self.lane = None
-        self._give_back()
-
-
-class CudaBackend(Backend):
+class CudaBackend(LaneBackend[KernelLane]):
     """Runs a model by our ahead-of-time kernels."""
 
     name = "cuda"
@@ -88,7 +65,7 @@ class CudaBackend(Backend):
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
         self.router_mode = config.router_mode if config.is_moe else None
-        self._cuda, self._free_before = cuda, cuda.free_bytes()
+        super().__init__(cuda)
         self._told: set[str] = set()
         kernels = kernels_of_variant(bundle, variant)
         self.chunk_length = kernels.chunk_length
@@ -101,25 +78,12 @@ class CudaBackend(Backend):
         def make(rows: int) -> KernelLane:
             return KernelLane(kernels, on_device, cuda, launcher, rows)
 
-        self._lanes = LanePool(make, last=(on_device.close, launcher.close))
-        # Also where nobody closes the backend, but for the end of the process.
-        self._close = weakref.finalize(self, self._lanes.close)
-        self._close.atexit = False
+        self._own(LanePool(make, last=(on_device.close, launcher.close)))
         try:
             self._lanes.add()  # now: what is missing shows before any prompt
         except BaseException:
             self.close()
             raise
-
-    def device_facts(self) -> dict[str, Any]:
-        """What a benchmark tells of the GPU, JSON-ready; memory is what is taken now, in MiB."""
-        speed = copy_bytes_per_s(self._cuda)
-        return {
-            "gpu": str(self._cuda.gpu()),
-            "runtime_cache": "none",
-            "memory_mb": round((self._free_before - self._cuda.free_bytes()) / 2**20, 1),
-            "copy_gb_per_s": None if speed is None else round(speed / 1e9, 3),
-        }
 
     @classmethod
     def open(cls, bundle: Bundle, variant: Variant, threads: CpuThreads) -> Self:
@@ -146,36 +110,6 @@ class CudaBackend(Backend):
         except BaseException:
             launcher.close()
             raise
-
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> CudaCache:
-        """Zeroed cache; its buffers always have `max_seq_len` slots.
-
-        Raises:
-            BackendUnavailableError: too little memory; says how much is needed.
-            ValueError: as in the base class, or the backend is closed.
-        """
-        slots = self.check_cache_size(batch_size, capacity)
-        lane = self._lanes.take(batch_size)
-        cache = CudaCache(capacity=slots, lengths=np.zeros(batch_size, np.int64), lane=lane)
-        give_back = weakref.finalize(cache, self._lanes.give_back, lane)
-        give_back.atexit = False
-        cache._give_back = give_back
-        return cache
-
-    def close(self) -> None:
-        """Free every lane, the weights and the kernels; harmless when called again."""
-        self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def decode_many(
         self,
@@ -229,13 +163,3 @@ class CudaBackend(Backend):
         self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None
     ) -> Logits:
         return self._lane_of(cache).step(input_ids, write_index, logits_index, row)
-
-    def _lane_of(self, cache: Cache) -> KernelLane:
-        if not isinstance(cache, CudaCache):
-            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
-        self._lanes.check_open()
-        if cache.lane is None:
-            raise ValueError("this cache is closed; take another from new_cache")
-        if not self._lanes.owns(cache.lane):
-            raise TypeError("this cache is of another backend; take one from this one's new_cache")
-        return cache.lane

@@ -8,31 +8,27 @@ from a machine with such a GPU says otherwise. docs/tensorrt_runtime.md tells wh
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.backends.base import Backend, Cache, Ids, Logits
+from runtime.backends.base import Cache, Ids, Logits
+from runtime.backends.lane_backend import LaneBackend, mebibytes
 from runtime.engines.ahead import ahead_bytes
 from runtime.engines.decode_graph import DecodeGraphContract, decode_graph_of
 from runtime.engines.engine_file import EngineFile
 from runtime.engines.lane import AheadRun, EngineLane, lane_needs
 from runtime.engines.loaded_engine import LoadedEngine
 from runtime.engines.plugins import plugin_problems, prepare_plugins
-from runtime.gpu.copy_speed import copy_bytes_per_s
 from runtime.gpu.cuda_runtime import CudaRuntime, load_cuda
 from runtime.gpu.lane_pool import LanePool
 from runtime.sampling_tail import EngineTailInputs, engine_tail_covers
 from runtime.tensorrt_module import Product, load_tensorrt
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from runtime.bundle import Bundle
     from runtime.cpu_threads import CpuThreads
     from runtime.manifest import Variant
@@ -43,26 +39,7 @@ logger = logging.getLogger(__name__)
 _GRAPH_WEIGHTS = "weights of the decode graph, which --no-sampling-tail leaves out"
 
 
-@dataclass(kw_only=True)
-class TensorRTCache(Cache):
-    """The sequences of one batch on a lane of the engine, which is this batch's alone.
-
-    When the cache is closed, or nothing refers to it any more, its lane serves another batch.
-
-    Attributes:
-        lane: a context, a stream and the cache's memory; None once the cache is closed.
-    """
-
-    lane: EngineLane | None = field(repr=False)
-    _give_back: Callable[[], object] = field(init=False, repr=False, default=lambda: None)
-
-    def close(self) -> None:
-        """Let another batch have the lane; harmless when called again."""
-        self.lane = None
-        self._give_back()
-
-
-class _EngineBackend(Backend):
+class _EngineBackend(LaneBackend[EngineLane]):
     """Runs an engine of the bundle; a subclass names the product.
 
     Attributes:
@@ -95,7 +72,7 @@ class _EngineBackend(Backend):
             ValueError: it is not what the manifest says.
         """
         config, gpu = bundle.config, cuda.gpu()
-        self._cuda, self._free_before = cuda, cuda.free_bytes()
+        super().__init__(cuda)
         self.variant = variant.name
         self.limits = bundle.limits
         self.vocab_size = config.vocab_size
@@ -132,15 +109,13 @@ class _EngineBackend(Backend):
         def make(rows: int) -> EngineLane:
             return EngineLane(engine, cuda, limits, vocab_size, rows, graph)
 
-        self._lanes = LanePool(
-            make,
-            first=[loaded.save_runtime_cache for loaded in reversed(self._engines)],
-            last=[loaded.close for loaded in reversed(self._engines)],
+        self._own(
+            LanePool(
+                make,
+                first=[loaded.save_runtime_cache for loaded in reversed(self._engines)],
+                last=[loaded.close for loaded in reversed(self._engines)],
+            )
         )
-        # Also where nobody closes the backend, but for the end of the process: the driver takes
-        # everything then, and half of Python is gone.
-        self._close = weakref.finalize(self, self._lanes.close)
-        self._close.atexit = False
         try:
             engine.load(file.blob, file.fit, file.cache_file, {**needs, **graph_needs})
             if graph is not None and graph_file is not None:
@@ -156,16 +131,13 @@ class _EngineBackend(Backend):
         `activations_mb` is of one batch's contexts, `runtime_cache_mb` what earlier starts saved,
         `verdicts` the library's on each engine (null: it gives none).
         """
-        speed = copy_bytes_per_s(self._cuda)
         engines = self._engines
         return {
-            "gpu": str(self._cuda.gpu()),
+            **super().device_facts(),
             "runtime_cache": {None: "none", False: "cold", True: "warm"}[engines[0].starts_warm],
-            "runtime_cache_mb": _mb(sum(engine.runtime_cache_bytes for engine in engines)),
+            "runtime_cache_mb": mebibytes(sum(engine.runtime_cache_bytes for engine in engines)),
             "verdicts": [engine.verdict for engine in engines],
-            "activations_mb": _mb(sum(engine.context_bytes for engine in engines)),
-            "memory_mb": _mb(self._free_before - self._cuda.free_bytes()),
-            "copy_gb_per_s": None if speed is None else round(speed / 1e9, 3),
+            "activations_mb": mebibytes(sum(engine.context_bytes for engine in engines)),
         }
 
     @classmethod
@@ -187,36 +159,6 @@ class _EngineBackend(Backend):
         ]
         prepare_plugins(trt, bundle, variant)
         return cls(trt, cuda, blobs[0], bundle, variant, *blobs[1:])
-
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> TensorRTCache:
-        """Zeroed cache; its buffers always have the engine's `max_seq_len` slots.
-
-        Raises:
-            BackendUnavailableError: too little memory; says how much is needed.
-            ValueError: as in the base class.
-        """
-        slots = self.check_cache_size(batch_size, capacity)
-        lane = self._lanes.take(batch_size)
-        cache = TensorRTCache(capacity=slots, lengths=np.zeros(batch_size, np.int64), lane=lane)
-        give_back = weakref.finalize(cache, self._lanes.give_back, lane)
-        give_back.atexit = False
-        cache._give_back = give_back
-        return cache
-
-    def close(self) -> None:
-        """Save the runtime cache, free every context, the engine and every buffer."""
-        self._close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def decode_many(
         self,
@@ -272,20 +214,6 @@ class _EngineBackend(Backend):
         self, input_ids: Ids, write_index: Ids, logits_index: Ids, cache: Cache, row: int | None
     ) -> Logits:
         return self._lane_of(cache).step(input_ids, write_index, logits_index, row)
-
-    def _lane_of(self, cache: Cache) -> EngineLane:
-        if not isinstance(cache, TensorRTCache):
-            raise TypeError(f"a cache of {type(cache).__name__} does not belong to this backend")
-        self._lanes.check_open()
-        if cache.lane is None:
-            raise ValueError("this cache is closed; take another from new_cache")
-        if not self._lanes.owns(cache.lane):
-            raise TypeError("this cache is of another backend; take one from this one's new_cache")
-        return cache.lane
-
-
-def _mb(size: int) -> float:
-    return round(size / 2**20, 1)
 
 
 def _activations(variant: Variant, what: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.backends import open_backend
 from runtime.backends.base import Backend, BackendUnavailableError
-from runtime.backends.tensorrt_backend import TensorRTCache
+from runtime.backends.lane_backend import LaneCache
 from runtime.bundle import Bundle
 from runtime.gpu.lane_pool import LanePool
 from runtime.sampling import SamplingParams
@@ -118,7 +118,7 @@ def test_a_batch_takes_the_memory_of_one_of_its_size_before_any_other(
 def test_closing_works_in_any_order_and_more_than_once(engine_bundle: Bundle, gpu: FakeGpu) -> None:
     backend = open_backend("tensorrt_rtx", engine_bundle)
     first, second = backend.new_cache(1), backend.new_cache(2)
-    assert isinstance(first, TensorRTCache)
+    assert isinstance(first, LaneCache)
     prefill(backend, second, [3], [4])
     first.close()
     first.close()
